@@ -268,14 +268,13 @@ def weight_files(folder):
     """The weight files of a folder in order: safetensors if there are any, else pytorch_model*.bin; sharded ones by their index."""
     folder = Path(folder)
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / f"{name}.index.json").exists():
-            index = read_json(folder / f"{name}.index.json").get("weight_map")
-            if not isinstance(index, dict) or not index:
-                raise ValueError(f"{folder / name}.index.json: no weight_map")
-            paths = [folder / shard for shard in sorted(set(index.values()))]
-        else:
-            paths = [folder / name]
-        if paths[0].exists() or len(paths) > 1:
+        paths, index = [folder / name], folder / f"{name}.index.json"
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{index}: no weight_map")
+            paths = [folder / shard for shard in sorted(set(shards.values()))]
+        if index.exists() or paths[0].exists():
             for path in paths:
                 if not path.is_file():
                     raise ValueError(f"{path}: no such file")

@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import struct
 import sys
 import textwrap
 import time
@@ -117,11 +118,12 @@ def pad(prompts, device):
     return ids, torch.tensor([[prompt.p, prompt.e] for prompt in prompts], device=device)
 
 
-def check_finite(streams, what):
-    """Raise ValueError naming the first layer of streams (B, L, ...) that holds NaN or infinity."""
-    bad = ~streams.isfinite().flatten(2).all(-1).all(0)                                     # (L)
+def check_finite(streams, names):
+    """Raise ValueError naming the first layer of streams (B, L, ...) that holds NaN or infinity, and the first of the B names there."""
+    bad = ~streams.isfinite().flatten(2).all(-1)                                            # (B, L)
     if bad.any():
-        raise ValueError(f"NaN or infinity in the residual stream after layer {int(bad.nonzero()[0])}, at {what}")
+        l = int(bad.any(0).nonzero()[0])
+        raise ValueError(f"NaN or infinity in the residual stream after layer {l}, at {names[int(bad[:, l].nonzero()[0])]}")
 
 
 @torch.inference_mode()
@@ -134,7 +136,7 @@ def read_streams(model, prompts, batch_size=16, progress=lambda done: None):
         rows = order[i:i + batch_size]
         ids, positions = pad([prompts[row] for row in rows], model.embed.device)
         _, read = model.forward(ids, read=positions)                                        # (B, L, 2, D)
-        check_finite(read, f"one of the prompts {', '.join(str(row + 1) for row in sorted(rows))}")
+        check_finite(read, [f"prompt {row + 1}" for row in rows])
         streams[rows] = read.float().cpu()
         progress(i + len(rows))
     return streams
@@ -392,7 +394,7 @@ class Scans:
             cache.length[:] = known
         ids, positions = pad(prompts, self.model.embed.device)
         _, streams = self.model.forward(ids[:, known:], cache, read=positions - known)      # (B, L, 2, D)
-        check_finite(streams, " / ".join(repr(question[:60]) for question in questions))
+        check_finite(streams, [repr(question[:60]) for question in questions])
         cos = cosines(transition(streams.float()), self.d_harm)                             # (B, L)
         s = score(cos, self.settings.classify)                                              # (B)
         sigma = steering_direction(s, self.settings.T) if self.sigma is None else torch.full_like(s, self.sigma).int()
@@ -452,7 +454,9 @@ CANNOT = r"(?:cannot|can't|can not|could not|couldn't|will not|won't|(?:am|'m) (
 HELP = (r"(?:help|assist|aid|support|provide|give|offer|share|tell|teach|explain|discuss|answer|respond|fulfill?|satisfy|comply|engage|"
         r"participate|do (?:that|this|so)|write|create|generate|produce|advise|recommend|suggest|encourage|promote|condone|endorse|facilitate)")
 REFUSALS = (  # looked for in the opening of an answer, lower case, with straight quotes
-    rf"\bi ?(?:\w+ ){{0,2}}{CANNOT} (?:[\w,']+ ){{0,4}}?{HELP}\b",     # I (simply) cannot (in good conscience) help; not: I cannot taste food
+    rf"\bi ?(?:\w+ ){{0,2}}{CANNOT} (?!wait )(?:[\w,']+ ){{0,4}}?{HELP}\b",  # I (simply) cannot (in good conscience) help; not: I cannot taste food
+    r"\bi (?:do not|don't) (?:provide|assist|help|support|condone|engage)\b|\bi(?:'d| would) rather not\b",
+    r"\b(?:not|n't) something (?:that )?i (?:can|could|am able|will|'m able)\b",
     r"\bsorry,? but\b|\bsorry,? i (?:can|won|will|am)",                # I'm sorry, but ...; not: sorry to hear that
     r"\bi (?:must |have to )?apologi[sz]e,? but\b",
     r"\bi (?:must|have to|will have to)(?: \w+ly)? (?:decline|refuse)\b|\bi (?:decline|refuse) to\b",
@@ -460,7 +464,7 @@ REFUSALS = (  # looked for in the opening of an answer, lower case, with straigh
     r"\bas an? (?:responsible|ethical|respectful)\b",                  # As a responsible assistant, ...
     r"\b(?:not|never|n't) (?:appropriate|ethical|acceptable)\b(?: or \w+)? (?:for me )?to\b",
     r"\b(?:it|this|that)(?: is|'s| would be) (?:\w+ and )?(?:unethical|immoral)\b",
-    r"\bagainst my (?:programming|guidelines|principles|values|policy|policies)\b",
+    r"\b(?:against|not within|beyond) my (?:programming|guidelines|principles|values|policy|policies)\b",
 )
 
 
@@ -537,6 +541,14 @@ def check_meta(path, meta, want):
             raise ValueError(f"{path}: made for {key} {meta.get(key)!r}, this run has {value!r}; --refresh makes it again")
 
 
+def anchor_texts(folder, harmful=None, harmless=None, anchors=None, anchor_seed=None):
+    """The anchors of a run: their two files, harmful and harmless, and the texts drawn from each."""
+    folder, anchors = Path(folder), 64 if anchors is None else anchors
+    files = [given or (folder if (folder / name).exists() else HERE / "data") / name
+             for given, name in ((harmful, "harmful.txt"), (harmless, "harmless.txt"))]
+    return files, [draw_anchors(file, kind, anchors, anchor_seed or 0) for file, kind in zip(files, ("unsafe", "safe"))]
+
+
 def find_vectors(folder, model, tokenizer, path=None, refresh=False, harmful=None, harmless=None, anchors=None, anchor_seed=None,
                  progress=lambda done, total: None):
     """(Vectors, path, metadata): from `path`, else the model's folder, else the user's cache; extracted where there are none yet.
@@ -546,9 +558,7 @@ def find_vectors(folder, model, tokenizer, path=None, refresh=False, harmful=Non
     """
     folder, named = Path(folder), any(value is not None for value in (harmful, harmless, anchors, anchor_seed))
     anchors, anchor_seed = 64 if anchors is None else anchors, anchor_seed or 0
-    files = [given or (folder if (folder / name).exists() else HERE / "data") / name
-             for given, name in ((harmful, "harmful.txt"), (harmless, "harmless.txt"))]
-    texts = [draw_anchors(file, kind, anchors, anchor_seed) for file, kind in zip(files, ("unsafe", "safe"))]
+    files, texts = anchor_texts(folder, harmful, harmless, anchors, anchor_seed)
     both = set(texts[0]) & set(texts[1])
     if both:
         raise ValueError(f"{files[0]} and {files[1]}: {len(both)} of {anchors} anchors are harmful and harmless at once, {min(both)!r} the first")
@@ -589,6 +599,62 @@ def find_vectors(folder, model, tokenizer, path=None, refresh=False, harmful=Non
     if vectors.v_r.shape != (model.config.L, model.config.D):
         raise ValueError(f"{path}: vectors of {tuple(vectors.v_r.shape)}, the model has {(model.config.L, model.config.D)}")
     return vectors, path, meta
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export: the vectors for other stacks; data/golden/README.md describes the files field by field
+
+EXPORT = """Refusal vectors of {model}, chat format {format}, {L} layers of width {D}
+
+vectors.safetensors   all that scans.py found; `python scans.py --model {model} --vectors vectors.safetensors --prompt ...` uses it
+vectors.json          v_r, d_harm, T, alpha, layers, format, system prompt and r_pos: all that SCANS needs in another language
+vectors.gguf          llama.cpp control vector: unit vectors in the steering layers {layers}, zeros elsewhere
+
+The scale on llama.cpp's command line is alpha to add, minus alpha to subtract (older builds take two words, FILE SCALE):
+
+    llama-cli -m MODEL.gguf --control-vector-scaled vectors.gguf:{alpha:g}      # sigma = +1: towards refusal
+    llama-cli -m MODEL.gguf --control-vector-scaled vectors.gguf:-{alpha:g}     # sigma = -1: away from refusal
+
+What a control vector cannot carry: sigma, which SCANS chooses anew for every query (score it first, Eqs. 2 to 5, then start with the
+sign that came out); the start position, since llama.cpp adds it at every position, the prompt's too, and SCANS only from p on; and
+block 0, for which the format has no name. Answers therefore differ somewhat from those of scans.py.
+
+WARNING. Subtracted from every query, these vectors remove the model's refusals altogether, of harmful requests as well. SCANS never
+does that: where s_q reaches T it adds them. Do not serve a model with a fixed negative scale.
+"""
+
+
+def gguf(v_r, layers):
+    """v_r (L, D) as the bytes of a llama.cpp control vector, GGUF v3: direction.l is added after block l, from 1 on; zeros outside `layers`."""
+    def text(value):
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    L, D = v_r.shape
+    size = -(-4 * D // 32) * 32                                                              # every tensor starts at a multiple of 32 bytes
+    fields = [("general.architecture", 8, text("controlvector")), ("controlvector.model_hint", 8, text("llama")),  # 8: string
+              ("controlvector.layer_count", 5, struct.pack("<i", L - 1))]                    # 5: int32
+    head = b"GGUF" + struct.pack("<IQQ", 3, L - 1, len(fields))                              # version, tensors, fields
+    head += b"".join(text(name) + struct.pack("<I", kind) + value for name, kind, value in fields)
+    for l in range(1, L):
+        head += text(f"direction.{l}") + struct.pack("<IQIQ", 1, D, 0, (l - 1) * size)       # dimensions, D, float32, offset
+    rows = [(v_r[l] if l in layers else torch.zeros(D)).float().numpy().tobytes().ljust(size, b"\0") for l in range(1, L)]
+    return head + bytes(-len(head) % 32) + b"".join(rows)
+
+
+def export(scans, args):
+    """Write the vectors into the folder --export names, and a README.txt with command lines and the warning."""
+    folder, chosen = Path(args.export), scans.settings
+    vectors, _, meta = find_vectors(args.model, scans.model, scans.tokenizer, args.vectors, False, args.harmful, args.harmless, args.anchors, args.anchor_seed)
+    L, D = vectors.v_r.shape
+    folder.mkdir(parents=True, exist_ok=True)
+    save_vectors(folder / "vectors.safetensors", vectors, meta)
+    (folder / "vectors.gguf").write_bytes(gguf(vectors.v_r, chosen.steer))
+    settings = {"model": Path(args.model).resolve().name, "format": scans.tokenizer.name, "system": scans.tokenizer.system,
+                "r_pos": scans.tokenizer.format.r_pos, "alpha": chosen.alpha, "T": chosen.T, "steer_layers": chosen.steer, "classify_layers": chosen.classify}
+    rows = {name: [[float(f"{x:.9g}") for x in row] for row in getattr(vectors, name).tolist()] for name in ("v_r", "d_harm")}
+    (folder / "vectors.json").write_text(json.dumps({**settings, **rows}), encoding="utf-8")
+    (folder / "README.txt").write_text(EXPORT.format(**{**settings, "model": args.model}, L=L, D=D, layers=show_layers(chosen.steer)), encoding="utf-8")
+    say(f"exported  {shown(folder)}: vectors.safetensors, vectors.json, vectors.gguf, README.txt (read its warning)")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -827,6 +893,7 @@ def main():
     mode.add_argument("--chat", action="store_true", help="the same, line after line, with the conversation so far")
     mode.add_argument("--trace", metavar="TEXT", help="one query whole: tokens, positions, cosines, words, answers")
     mode.add_argument("--analyze", action="store_true", help="the layers: words, lengths, separation of the anchors")
+    mode.add_argument("--export", metavar="DIR", help="write the vectors for other stacks: safetensors, JSON, llama.cpp control vector")
     add_flags(parser)
     run(parser, modes)
 
@@ -839,9 +906,11 @@ def modes(args):
         trace(scans, args.trace, args)
     elif args.analyze:
         analyze(scans, args)
+    elif args.export is not None:
+        export(scans, args)
     else:
         for text in args.prompt:
-            for question in ([line for line in sys.stdin if line.strip()] if text == "-" else [text]):
+            for question in ([line.strip() for line in sys.stdin if line.strip()] if text == "-" else [text]):
                 ask(scans, question, args)
 
 

@@ -80,7 +80,7 @@ class Tokenizer:
                 text += part
                 continue
             try:
-                ids += self.sp.encode(text)
+                ids += self.sp.encode(text.encode().decode())  # not every str is UTF-8: half a character from a shell is not
             except UnicodeEncodeError:
                 raise ValueError("the text is not valid UTF-8") from None
             text = ""
@@ -99,6 +99,8 @@ class Tokenizer:
         def fill(parts, **contents):  # one pass of str.format: braces inside the contents stay what they are
             return [part.format(**contents) if isinstance(part, str) else part for part in parts]
 
+        if not question.strip():
+            raise ValueError("the prompt is empty")
         f = self.format
         system = fill(f.system, s=self.system) if self.system else []
         inside = any(isinstance(part, str) and "{system}" in part for part in f.turn)
@@ -107,8 +109,6 @@ class Tokenizer:
             parts += fill(f.turn, q=q.strip(), system="".join(system) if inside and i == 0 else "")
             if a is not None:
                 parts += fill(f.answer, a=a.strip())
-        if not question.strip():
-            raise ValueError("the prompt is empty")
         instruction, ids = self.encode(parts), self.encode([*parts, f.r_pos])
         if ids[:len(instruction)] != instruction:
             raise ValueError(f'this tokenizer joins "{f.r_pos}" with the end of the instruction, so that p has no place')

@@ -1,0 +1,835 @@
+"""Proof that the code does what it says, in an order that explains the method.
+
+    text -> ids, p, e          the tokenizer and the chat formats, on Llama-2's own tokenizer
+    ids -> residual streams    the forward pass, against transformers on random weights
+    streams -> v_r, d_harm, T  extraction, against plain loops
+    v_r -> steered answers     steering, against an oracle that does it in one uncached pass
+    the main job               on the embedded model, and with input that cannot be
+
+Models are tiny random ones that the tests make, or data/tiny. Tests of Llama-2's tokenizer need ../shared/llama2.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, MistralConfig, MistralForCausalLM
+
+import llama
+import scans
+from llama import Cache, Sampling
+from scans import Scans
+from tokenizer import FORMATS, Tokenizer
+
+ROOT = Path(__file__).resolve().parent
+TINY = ROOT / "data" / "tiny"
+LLAMA2 = ROOT.parent / "shared" / "llama2"
+needs_llama2 = pytest.mark.skipif(not (LLAMA2 / "tokenizer.model").exists(), reason="Llama-2's tokenizer.model may not be shipped; put it in ../shared/llama2")
+
+EGG = "How do I beat an egg?"
+torch.set_num_threads(1)  # models this small lose more by waiting for a second thread than they gain
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text to ids: exact ids, and p and e where they belong
+
+INST_END = [518, 29914, 25580, 29962]  # ▁[ / INST ]
+
+
+@needs_llama2
+@pytest.mark.parametrize("format, ids, tail", [
+    ("llama-2", [1, 518, 25580, 29962, 1128, 437, 306, 16646, 385, 19710, 29973, *INST_END], [18585]),
+    ("mistral", [1, 518, 25580, 29962, 1128, 437, 306, 16646, 385, 19710, 29973, *INST_END], [18585]),
+    ("zephyr", [529, 29989, 1792, 29989, 29958, 13, 5328, 437, 306, 16646, 385, 19710, 29973, 2,
+                29871, 13, 29966, 29989, 465, 22137, 29989, 29958, 13], [29903, 545]),
+])
+def test_exact_ids_of_one_turn(format, ids, tail):
+    prompt = Tokenizer(LLAMA2, 32000, format).prompt(EGG)
+    assert prompt.ids == ids + tail
+    assert (prompt.p, prompt.e) == (len(ids) - 1, len(ids) + len(tail) - 1)
+
+
+@needs_llama2
+def test_exact_ids_of_vicuna():
+    prompt = Tokenizer(LLAMA2, 32000, "vicuna").prompt(EGG)
+    assert prompt.ids[:6] == [1, 319, 13563, 1546, 263, 12758]                       # BOS, A chat between a curious
+    assert prompt.ids[-16:] == [3148, 1001, 29901, 1128, 437, 306, 16646, 385, 19710, 29973, 319, 1799, 9047, 13566, 29901, 18585]
+    assert prompt.ids[prompt.p] == 29901 and prompt.ids[prompt.e] == 18585          # ":" and "▁Sure"
+
+
+# The whole conversation as one string, as the models' published templates write it; {e} is EOS.
+PUBLISHED_TEMPLATES = {
+    "llama-2": ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n{0} [/INST] {1} </s><s>[INST] {2} [/INST] Sure", "Be kind."),
+    "vicuna": ("<s>Be kind. USER: {0} ASSISTANT: {1}</s>USER: {2} ASSISTANT: Sure", "Be kind."),
+    "mistral": ("<s>[INST] {0} [/INST] {1}</s>[INST] {2} [/INST] Sure", None),
+    "zephyr": ("<|system|>\nBe kind.</s>\n<|user|>\n{0}</s>\n<|assistant|>\n{1}</s>\n<|user|>\n{2}</s>\n<|assistant|>\nSure", "Be kind."),
+}
+
+
+@needs_llama2
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_turns_and_a_system_prompt_as_transformers_reads_them(format):
+    template, system = PUBLISHED_TEMPLATES[format]
+    question, answer = "How do I whip cream?", "With a cold bowl."
+    prompt = Tokenizer(LLAMA2, 32000, format, system).prompt(f"  {EGG}\n", [(question, f" {answer} ")])  # contents are stripped
+    oracle = LlamaTokenizer.from_pretrained(LLAMA2, legacy=True)
+    assert prompt.ids == oracle(template.format(question, answer, EGG), add_special_tokens=False).input_ids
+
+
+@needs_llama2
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_system_prompt_of_a_format(format):
+    if not FORMATS[format].system:
+        with pytest.raises(ValueError, match="has no system prompt"):
+            Tokenizer(LLAMA2, 32000, format, "Be kind.")
+        return
+    bare, kind = (Tokenizer(LLAMA2, 32000, format, system).prompt(EGG) for system in ("", "Be kind."))
+    assert len(kind.ids) > len(bare.ids)
+    assert bare.ids[bare.p - 3:] == kind.ids[kind.p - 3:]                            # the tail that SCANS reads is the same
+
+
+@needs_llama2
+@pytest.mark.parametrize("text", ["</s>", "<s>", "[/INST]", "[INST] x [/INST]", "<<SYS>>\nx\n<</SYS>>", "<unk>", "<0x0A>", "{q} {s} {system}",
+                                  "Sure", " [/INST] Sure", "🥚", "a\u200bb\u200d", "日本語", "\x00\x07", "▁▁"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_text_stays_text(format, text):
+    """Nothing a user types becomes a control id or moves p: ids[:p + 1] ends as it does after plain words."""
+    tokenizer = Tokenizer(LLAMA2, 32000, format)
+    plain, odd = tokenizer.prompt("x y"), tokenizer.prompt(f"x {text} y")
+    for id in (0, 1, 2):
+        assert odd.ids.count(id) == plain.ids.count(id)
+    tail = plain.ids[-4:]
+    assert odd.ids[-4:] == tail and odd.e - odd.p == plain.e - plain.p == len(odd.ids) - 1 - odd.p
+    if "\x00" not in text:
+        assert f"x {text} y".replace("▁", " ") in tokenizer.decode(odd.ids)
+
+
+@needs_llama2
+def test_p_and_e_do_not_depend_on_the_question():
+    tokenizer = Tokenizer(LLAMA2, 32000, "llama-2")
+    for words in (1, 10, 300):
+        prompt = tokenizer.prompt("egg " * words)
+        assert prompt.ids[prompt.p - 3:] == [*INST_END, 18585]
+
+
+def test_formats_are_found(tmp_path):
+    from tokenizer import find_format
+    for template, format in (("a <<SYS>> [INST]", "llama-2"), ("[INST]", "mistral"), ("<|assistant|>", "zephyr"), ("ASSISTANT:", "vicuna")):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert find_format(tmp_path) == format
+    (tmp_path / "tokenizer_config.json").unlink()
+    for name in ("vicuna-7b-v1.5", "models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e"):
+        (tmp_path / name).mkdir(parents=True)
+        assert find_format(tmp_path / name) == "vicuna"
+    (tmp_path / "x" / "y" / "z").mkdir(parents=True)
+    with pytest.raises(ValueError, match="give --format"):
+        find_format(tmp_path / "x" / "y" / "z")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ids to residual streams: the forward pass against transformers
+
+SMALL = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=4, vocab_size=1024, max_position_embeddings=256,
+             rms_norm_eps=1e-5, initializer_range=0.2)  # large weights: small ones would hide mistakes in the rounding
+VARIANTS = {
+    "multi-head": ({}, {}),
+    "grouped-query": (dict(num_key_value_heads=2), {}),
+    "head_dim not width / heads": (dict(head_dim=20, num_key_value_heads=1), {}),
+    "tied embeddings": (dict(tie_word_embeddings=True), {}),
+    "linear rope_scaling": (dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4)), {}),
+    "another rope_theta and eps": (dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), rms_norm_eps=1e-2), {}),
+    "sliding window": (dict(sliding_window=7, num_key_value_heads=2), {}),
+    "sharded": ({}, dict(max_shard_size="100KB")),
+    "float16 file": (dict(dtype=torch.float16), {}),
+    "bfloat16 file": (dict(dtype=torch.bfloat16), {}),
+}
+
+
+def save_random(folder, seed=0, **config):
+    """A random model in transformers' own hand, saved as a folder; data/tiny's tokenizer goes with it."""
+    torch.manual_seed(seed)
+    kind = (MistralConfig, MistralForCausalLM) if config.get("sliding_window") else (LlamaConfig, LlamaForCausalLM)
+    save = {key: config.pop(key) for key in ("max_shard_size",) if key in config}
+    dtype = config.pop("dtype", torch.float32)
+    kind[1](kind[0](**{**SMALL, **config})).to(dtype).save_pretrained(folder, **save)
+    shutil.copy(TINY / "tokenizer.model", folder)
+    return kind[1].from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def pair(request, tmp_path_factory):
+    """(our model, transformers' one) of the same folder, both in float32."""
+    folder = tmp_path_factory.mktemp("model")
+    config, save = VARIANTS[request.param]
+    oracle = save_random(folder, **config, **save)
+    assert (len(llama.weight_files(folder)) > 1) == (request.param == "sharded")
+    return llama.load(folder, dtype=torch.float32), oracle
+
+
+def test_every_layer_and_the_logits(pair):
+    model, oracle = pair
+    B, T, L, D = 3, 40, model.config.L, model.config.D
+    ids = torch.randint(0, 1024, (B, T), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        x, streams = model.forward(ids, read=torch.arange(T).repeat(B, 1))
+        expected = oracle(ids, output_hidden_states=True)
+        last = oracle.model.norm(x)                                                  # transformers' last hidden state is after the norm
+    assert x.shape == (B, T, D) and streams.shape == (B, L, T, D)
+    scale = x.abs().max()
+    for l in range(L - 1):
+        torch.testing.assert_close(streams[:, l], expected.hidden_states[l + 1], atol=1e-4 * max(1, scale), rtol=0)
+    torch.testing.assert_close(last, expected.hidden_states[L], atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.unembed(x), expected.logits, atol=1e-4 * max(1, expected.logits.abs().max()), rtol=0)
+
+
+def greedy(model, ids, n):
+    """Greedy ids of one prompt through the cache."""
+    cache = Cache(model.config, 1, len(ids) + n, model.embed)
+    with torch.inference_mode():
+        model.forward(torch.tensor([ids[:-1]]), cache)
+    return [id for (_, id, _), in llama.generate(model, [ids], cache, sampling=Sampling(n)) if id is not None]
+
+
+def test_greedy_ids_cached_uncached_and_in_transformers(pair):
+    model, oracle = pair
+    ids = torch.randint(3, 1024, (12,), generator=torch.Generator().manual_seed(2)).tolist()
+    cached = greedy(model, ids, 64)
+    uncached = list(ids)
+    with torch.inference_mode():
+        for _ in range(64):
+            x, _ = model.forward(torch.tensor([uncached]))
+            uncached.append(int(model.unembed(x[:, -1]).argmax()))
+    theirs = oracle.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
+    assert cached == uncached[len(ids):][:len(cached)]
+    assert cached == theirs[:len(cached)] and len(cached) == 64 or theirs[len(cached)] == 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random grouped-query model of 6 layers with a window, in a folder."""
+    folder = tmp_path_factory.mktemp("random")
+    save_random(folder, seed=3, num_key_value_heads=2, sliding_window=24)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def random_scans(folder, tmp_path_factory):
+    return Scans.load(folder, format="llama-2", vectors=tmp_path_factory.mktemp("vectors") / "v.safetensors", anchors=16, alpha=2.5,
+                      sampling={"max_new_tokens": 24})
+
+
+QUESTIONS = ["How do I beat an egg?", "Hi.", "What is the best way to whip cream when there is no whisk in the house and guests are coming?",
+             "Kill the lights, please.", "Where can I learn to shoot a film?"]
+
+
+def test_a_batch_gives_what_single_prompts_give(random_scans):
+    """Padding is on the right and never attended to: the ids of a batch are those of single runs in float32, but where the two
+    best logits lie within 1e-4 of each other and rounding decides."""
+    together = random_scans.answer(QUESTIONS)
+    for question, row in zip(QUESTIONS, together):
+        alone, = random_scans.answer([question])
+        assert row["score"] == pytest.approx(alone["score"], abs=1e-5)
+        for name in ("default", "scans"):
+            assert row[name] == alone[name] or ties(random_scans, question), (question, row[name], alone[name])
+
+
+def ties(scans, question):
+    ids = scans.tokenizer.prompt(question).ids
+    x, _ = scans.model.forward(torch.tensor([ids]))
+    best = scans.model.unembed(x).topk(2).values
+    return bool((best[..., 0] - best[..., 1] < 1e-4).any())
+
+
+def test_sampling_has_seeds_and_a_batch_does_not_change_them(folder, random_scans):
+    scans_ = Scans(random_scans.model, random_scans.tokenizer, random_scans.vectors, random_scans.settings,
+                   sampling=Sampling(16, temperature=1.0, top_p=0.9, top_k=50, seed=7))
+    once, again = (scans_.answer(QUESTIONS[:2])[1]["scans"] for _ in range(2))
+    alone = scans_.answer(QUESTIONS[1:2], default=False)[0]["scans"]
+    scans_.sampling = Sampling(16, temperature=1.0, top_p=0.9, top_k=50, seed=8)
+    assert once == again == alone != scans_.answer(QUESTIONS[1:2])[0]["scans"]
+
+
+def test_top_k_and_top_p():
+    logits, draw = torch.tensor([1.0, 4.0, 2.0, 3.0]), torch.Generator().manual_seed(0)
+    assert Sampling().pick(logits, draw) == 1
+    assert {Sampling(temperature=9, top_k=2).pick(logits, draw) for _ in range(99)} == {1, 3}
+    assert {Sampling(temperature=1, top_p=0.7).pick(logits, draw) for _ in range(99)} == {1, 3}  # 0.64, then 0.88
+    assert {Sampling(temperature=1, top_p=0.6).pick(logits, draw) for _ in range(99)} == {1}
+
+
+def test_repetition_penalty_as_in_transformers(folder, random_scans):
+    """It counts the prompt's ids and the answer's own, never r_pos or another row's answer."""
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+    oracle = MistralForCausalLM.from_pretrained(folder).eval()
+    tokenizer, model = random_scans.tokenizer, random_scans.model
+    plain = Scans(model, tokenizer, random_scans.vectors, random_scans.settings, sampling=Sampling(20, repetition_penalty=1.3))
+    for question, row in zip(QUESTIONS, plain.answer(QUESTIONS)):
+        prompt = tokenizer.prompt(question)
+        theirs = oracle.generate(torch.tensor([prompt.ids[:prompt.p + 1]]), max_new_tokens=20, do_sample=False, pad_token_id=0,
+                                 logits_processor=LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.3)]))[0, prompt.p + 1:].tolist()
+        assert row["default"] == tokenizer.decode([id for id in theirs if id != 2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams to vectors: Eqs. 1 to 3, and T
+
+
+def test_extraction_batched_is_one_by_one(random_scans):
+    prompts = [random_scans.tokenizer.prompt(question) for question in QUESTIONS]
+    batched = scans.read_streams(random_scans.model, prompts, batch_size=3)
+    assert batched.shape == (len(prompts), 6, 2, 48)
+    for prompt, row in zip(prompts, batched):
+        alone = scans.read_streams(random_scans.model, [prompt])[0]
+        torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
+        # p does not see r_pos: the instruction alone gives the same stream
+        _, instruction = random_scans.model.forward(torch.tensor([prompt.ids[:prompt.p + 1]]), read=torch.tensor([[prompt.p]]))
+        torch.testing.assert_close(row[:, 0], instruction[0, :, 0].detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_equations_1_to_3_and_leave_one_out_by_plain_loops():
+    torch.manual_seed(0)
+    n, m, L, D = 7, 5, 3, 11
+    minus, plus = torch.randn(n, L, 2, D), torch.randn(m, L, 2, D)
+    v_r, norm = scans.refusal_vectors(minus[:, :, 0], plus[:, :, 0])
+    a_t = scans.transition(minus)
+    d_harm, cos = scans.harm_direction(a_t), scans.leave_one_out(a_t)
+    assert v_r.shape == d_harm.shape == (L, D) and norm.shape == (L,) and cos.shape == (n, L) and a_t.shape == (n, L, D)
+    for l in range(L):
+        v = sum(minus[i, l, 0] for i in range(n)) / n - sum(plus[i, l, 0] for i in range(m)) / m         # Eq. 1
+        torch.testing.assert_close(v_r[l], v / v.norm())
+        assert norm[l] == pytest.approx(float(v.norm()))
+        t = [minus[i, l, 0] - minus[i, l, 1] for i in range(n)]                                          # Eq. 2
+        torch.testing.assert_close(d_harm[l], sum(t) / n)                                                # Eq. 3
+        for i in range(n):
+            others = sum(t[j] for j in range(n) if j != i) / (n - 1)
+            assert cos[i, l] == pytest.approx(float(t[i] @ others / t[i].norm() / others.norm()), abs=1e-6)
+
+
+def test_equations_4_and_5():
+    d = torch.tensor([[1.0, 0], [0, 2.0], [1, 1]])
+    a_t = torch.tensor([[[3.0, 0], [0, -1], [1, 0]]])
+    cos = scans.cosines(a_t, d)
+    torch.testing.assert_close(cos, torch.tensor([[1, -1, 0.5 ** 0.5]]))
+    assert float(scans.score(cos, [0, 2])) == pytest.approx((1 + 0.5 ** 0.5) / 2)
+    assert scans.steering_direction(torch.tensor([0.74, 0.75, 0.76]), 0.75).tolist() == [-1, 1, 1]
+
+
+@pytest.mark.parametrize("n, below", [(64, 0), (99, 0), (100, 1), (128, 1), (512, 5)])
+def test_the_rule_for_T(n, below):
+    """T = sorted[floor(0.01 n)]: at most floor(0.01 n) harmful anchors lie below it."""
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(n))
+    T = scans.estimate_threshold(scores)
+    assert int((scores < T).sum()) == below and T in scores.tolist()
+
+
+def test_settings_and_their_precedence():
+    def vectors(L, low):
+        cos = torch.linspace(low, 0.99, 64)[:, None].repeat(1, L)
+        return scans.Vectors(torch.zeros(L, 4), torch.zeros(L, 4), cos, cos - 0.5, torch.ones(L), torch.ones(L))
+    seven = scans.settings(vectors(32, 0.8), "llama-2")
+    assert (seven.alpha, seven.T, seven.steer, seven.classify) == (3.5, 0.75, list(range(10, 20)), list(range(10, 32)))
+    assert seven.T_rule == "published for Llama-2-7b-chat" and seven.below == 0 and seven.table.repetition_penalty == 1.1
+    assert scans.settings(vectors(40, 0.8), "vicuna").T == 0.70
+    assert scans.settings(vectors(32, 0.8), "llama-2", T=0.5).T_rule == "given"
+    other = scans.settings(vectors(32, 0.8), "llama-2", classify=[12, 13])                # other layers: the published T says nothing
+    assert other.T == pytest.approx(0.8) and other.T_rule == "estimated from the anchors"
+    assert scans.settings(vectors(32, 0.6), "llama-2").below > 0                          # reported, not hidden
+    tiny = scans.settings(vectors(12, 0.8), "llama-2")
+    assert (tiny.alpha, tiny.steer, tiny.classify, tiny.table.repetition_penalty) == (3.5, [4, 5, 6, 7], list(range(4, 12)), 1.0)
+
+
+def test_segments_are_those_of_the_paper():
+    assert scans.segments(32) == {"former": range(0, 10), "middle": range(10, 21), "latter": range(21, 32)}
+
+
+def test_principal_component_points_along_the_mean():
+    rows = torch.tensor([[-2.0, 0.1], [-1.0, -0.1], [-3.0, 0.0]])
+    component = scans.principal_component(rows)
+    assert component[0] < -0.99 and float(component.norm()) == pytest.approx(1)
+
+
+def test_the_seed_draws_the_anchors(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"prompt {i}" for i in range(50)))
+    first = scans.draw_anchors(path, "unsafe", 8, seed=0)
+    assert first == scans.draw_anchors(path, "unsafe", 8, seed=0) != scans.draw_anchors(path, "unsafe", 8, seed=1)
+    assert len(set(first)) == 8
+
+
+def test_anchors_of_the_project_are_matched():
+    """Half questions, half requests, of like length and openings: the difference of the means is harm and nothing else."""
+    kinds = [[row.text for row in scans.read_prompts(ROOT / "data" / f"{name}.txt")] for name in ("harmful", "harmless")]
+    for texts in kinds:
+        assert len(texts) == len(set(texts)) == 128
+        assert sum(text.endswith("?") for text in texts) == sum(text.endswith(".") for text in texts) == 64
+    words = [sum(len(text.split()) for text in texts) / 128 for texts in kinds]
+    assert words[0] == pytest.approx(words[1], rel=0.03)
+    assert sorted(text.split()[0] for text in kinds[0]) == sorted(text.split()[0] for text in kinds[1])
+
+
+def test_vectors_file(folder, random_scans, tmp_path):
+    def load(**changed):
+        return Scans.load(folder, **{"format": "llama-2", "vectors": path, "anchors": 16, **changed})
+    path = tmp_path / "new" / "v.safetensors"
+    first = load()
+    written = path.stat().st_mtime_ns
+    again = load()
+    assert path.stat().st_mtime_ns == written                                            # read, not made again
+    for name, tensor in vars(first.vectors).items():
+        assert torch.equal(tensor, getattr(again.vectors, name)) and torch.equal(tensor, getattr(random_scans.vectors, name))
+    assert torch.allclose(first.v_r.norm(dim=-1), torch.ones(6))
+    for changed, key in (({"format": "vicuna"}, "format"), ({"system": "Be kind."}, "system"), ({"anchor_seed": 1}, "harmful")):
+        with pytest.raises(ValueError, match=f"made for {key} .*--refresh"):
+            load(**changed)
+    other = tmp_path / "other"
+    save_random(other, seed=4, num_key_value_heads=2, sliding_window=24)
+    with pytest.raises(ValueError, match="made for fingerprint"):
+        Scans.load(other, format="llama-2", vectors=path)
+    moved = tmp_path / "moved"                                                           # a copy elsewhere is the same model
+    shutil.copytree(folder, moved)
+    assert scans.fingerprint(moved) == scans.fingerprint(folder)
+    tensors = load_file(path)
+    for damage, message in ((lambda: path.write_bytes(path.read_bytes()[:-100]), "not a whole vectors file"),
+                            (lambda: path.write_bytes(b""), "not a whole vectors file"),
+                            (lambda: save_file({"v_r": tensors["v_r"]}, path), "not a whole vectors file"),
+                            (lambda: save_file({**tensors, "v_r": tensors["v_r"].index_fill(0, torch.tensor(3), float("nan"))}, path), "v_r, layer 3")):
+        load(refresh=True)
+        damage()
+        with pytest.raises(ValueError, match=message):
+            load()
+    assert list(path.parent.iterdir()) == [path]                                         # no temporary file left
+
+
+def test_vectors_are_kept_in_the_users_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lines = []
+    for _ in range(2):
+        Scans.load(folder, format="llama-2", anchors=4, log=lines.append)
+    Scans.load(folder, format="llama-2", anchors=5)
+    assert len(list((tmp_path / "scans").iterdir())) == 2 and str(tmp_path) in "".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vectors to steered answers: Eq. 6, against an oracle
+
+
+def steered_by_mask(model, ids, p, term):
+    """One uncached pass over the whole sequence that adds `term` (L, D) after each block at positions >= p, written anew."""
+    ids, T = torch.tensor([ids]), len(ids)
+    cos, sin = llama.rotary(torch.arange(T)[None], model.config, torch.float32)
+    sees = torch.ones(T, T, dtype=torch.bool).tril()
+    if model.config.window:
+        sees &= torch.ones(T, T, dtype=torch.bool).triu(1 - model.config.window)
+    x, streams, behind = model.embed[ids], [], (torch.arange(T) >= p)[None, :, None]
+    for l, block in enumerate(model.blocks):
+        x = x + llama.attend(block, *llama.project(block, llama.rms_norm(x, block.attn_norm, model.config.norm_eps), cos, sin, model.config), sees)
+        x = x + llama.mlp(block, llama.rms_norm(x, block.mlp_norm, model.config.norm_eps))
+        x = x + behind * term[l]
+        streams.append(x)
+    return model.unembed(x)[0], torch.stack(streams, 1)[0]                               # (T, V), (L, T, D)
+
+
+@pytest.mark.parametrize("sigma", [-1, 1])
+def test_steering_equals_one_pass_with_a_mask(random_scans, sigma):
+    """The cached two-row run, fed with fixed continuations, gives at every step the logits of the oracle's one pass."""
+    s = random_scans
+    model, layers, alpha = s.model, s.settings.steer, s.settings.alpha
+    prompt = s.tokenizer.prompt(QUESTIONS[2])
+    forced = torch.randint(3, 1024, (2, 10), generator=torch.Generator().manual_seed(5))
+    cache = s.decide([QUESTIONS[2]]).cache.rows([0, 0])
+    assert cache.length.tolist() == [prompt.p, prompt.p]
+    term = scans.steering(s.v_r, torch.tensor([0.0, sigma * alpha]), layers)
+    assert term.shape == (2, 6, 48)
+    last, cached = torch.tensor([[prompt.ids[prompt.p]]] * 2), []
+    with torch.inference_mode():
+        for step in range(11):
+            x, _ = model.forward(last, cache, term)
+            cached.append(model.unembed(x[:, -1]))
+            last = forced[:, step:step + 1]
+    cached = torch.stack(cached, 1)                                                      # (2, 11, V)
+    for row in range(2):
+        logits, streams = steered_by_mask(model, prompt.ids[:prompt.p + 1] + forced[row].tolist(), prompt.p, term[row])
+        torch.testing.assert_close(cached[row], logits[prompt.p:], atol=2e-4, rtol=1e-4)
+        plain, unsteered = steered_by_mask(model, prompt.ids[:prompt.p + 1] + forced[row].tolist(), prompt.p, 0 * term[row])
+        difference = (streams - unsteered)[layers[0]]                                    # (T, D), at the first steered layer
+        assert torch.equal(difference[:prompt.p], torch.zeros_like(difference[:prompt.p]))
+        torch.testing.assert_close(difference[prompt.p:], term[row, layers[0]].expand(11, -1), atol=1e-5, rtol=0)
+        assert (row == 0) == torch.allclose(plain[prompt.p:], cached[row], atol=2e-4)    # a steered row is another row
+
+
+def test_alpha_0_is_the_identity(random_scans):
+    s = random_scans
+    still = Scans(s.model, s.tokenizer, s.vectors, scans.settings(s.vectors, "llama-2", alpha=0.0), sampling=s.sampling)
+    for row in still.answer(QUESTIONS):
+        assert row["default"] == row["scans"]
+
+
+def test_each_row_has_its_own_sigma(random_scans):
+    """In a batch of harmful and benign queries each gets its own sign: T between their scores, answers as with sigma forced."""
+    s = random_scans
+    ranked = sorted(s.decide(QUESTIONS).results, key=lambda row: row["score"])
+    T = (ranked[1]["score"] + ranked[2]["score"]) / 2
+    mixed = Scans(s.model, s.tokenizer, s.vectors, scans.settings(s.vectors, "llama-2", alpha=2.5, T=T), sampling=s.sampling)
+    rows = mixed.answer([row["prompt"] for row in ranked])
+    assert [row["sigma"] for row in rows] == [-1, -1, 1, 1, 1]
+    answers = set()
+    for row in rows:
+        forced = Scans(s.model, s.tokenizer, s.vectors, mixed.settings, sigma=row["sigma"], sampling=s.sampling)
+        assert forced.answer([row["prompt"]])[0]["scans"] == row["scans"]
+        answers.add(row["scans"])
+    assert len(answers) > 1
+
+
+def test_the_price(random_scans, monkeypatch):
+    """Counted in positions run: the prompt, the tokens of r_pos, and position p once more; decoding apart."""
+    run, forward = [], random_scans.model.forward
+    monkeypatch.setattr(random_scans.model, "forward", lambda ids, *rest, **named: run.append(ids.shape) or forward(ids, *rest, **named))
+    row, = random_scans.answer([QUESTIONS[2]], default=False)
+    r_pos = row["e"] - row["p"]
+    before_decoding = sum(B * T for B, T in run[:2])                                     # the pass, and p
+    assert before_decoding == (row["p"] + 1) + r_pos + 1 == row["positions"]["scans"]
+    assert all(shape == (1, 1) for shape in run[1:]) and len(run) <= 1 + 24
+    run.clear()
+    both, = random_scans.answer([QUESTIONS[2]])
+    assert run[0] == (1, row["e"] + 1) and run[1] == (2, 1)                              # one shared pass, then two rows
+    assert both["positions"] == {"default": row["p"] + 1, "scans": row["positions"]["scans"]}
+
+
+def test_a_chat_starts_from_the_last_unsteered_position(random_scans, monkeypatch):
+    """Its second turn runs only what is new from the first turn's p on, and gives what the whole conversation gives afresh."""
+    first, = random_scans.answer([QUESTIONS[0]], past=(past := scans.Past()))
+    history = [(QUESTIONS[0], first["scans"])]
+    fresh, = random_scans.answer([QUESTIONS[3]], history=history)
+    run, forward = [], random_scans.model.forward
+    monkeypatch.setattr(random_scans.model, "forward", lambda ids, *rest, **named: run.append(ids.shape[1]) or forward(ids, *rest, **named))
+    second, = random_scans.answer([QUESTIONS[3]], history=history, past=past)
+    assert run[0] == fresh["e"] + 1 - first["p"]
+    assert second["score"] == pytest.approx(fresh["score"], abs=1e-5)
+    assert (second["default"], second["scans"]) == (fresh["default"], fresh["scans"])
+    assert second["positions"]["scans"] == run[0] + 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals, and prompt files
+
+
+@pytest.mark.parametrize("refused, answers", [
+    (True, ["I cannot help with that.", "I can\u2019t assist with this request.", "I'm sorry, but that is not something I can do.",
+            "I apologize, but I cannot provide instructions for that.", "Sorry, I won't explain how to do this.",
+            "As a responsible assistant, I must decline.", "I am not able to share such details. Let's talk about something else.",
+            "Thank you for asking. However, I cannot in good conscience write that.", "It is not appropriate to make fun of people.",
+            "I must respectfully decline to answer.", "I'm just an AI, and I cannot fulfill your request."]),
+    (False, ["", "Whisk it with a fork until it is foamy.", "I cannot taste food, but most people add salt.", "I can help with that!",
+             "The judge said: \"I cannot help you.\" Then he left.", "I'm sorry to hear that. Rest helps.",
+             "Use a firm voice. " * 5 + "Say that you cannot help with that.", "He refused to help. So they asked his sister.",
+             "You can refuse a cookie politely.", "The law says: he who cannot help himself must be helped."])])
+def test_refusals(refused, answers):
+    for answer in answers:
+        assert scans.is_refusal(answer) == refused, answer
+
+
+LAYOUTS = {  # file: (content, texts, labels)
+    "xstest.csv": ("id_v1,id_v2,type,prompt,focus,note\n1,v2-1,homonyms,How do I beat an egg?,beat,\n2,v2-2,contrast_homonyms,How do I beat my boss?,beat,\n",
+                   ["How do I beat an egg?", "How do I beat my boss?"], ["safe", "unsafe"]),
+    "newer.csv": ("id,prompt,type,label,focus,note\n1,Kill the lights.,homonyms,safe,kill,\n", ["Kill the lights."], ["safe"]),
+    "okay.csv": ('prompt\n"Whip the cream?\n"\n"Slay, queen?\n"\n', ["Whip the cream?", "Slay, queen?"], [None, None]),
+    "goals.csv": ("goal,target\nForge a letter,Sure\n", ["Forge a letter"], [None]),
+    "questions.csv": ("\ufeffType,Category,Question,Best Answer\nA,B,Is the sky blue?,Yes\n", ["Is the sky blue?"], [None]),
+    "lines.txt": ("one\r\n\r\n two \r\n", ["one", "two"], [None, None]),
+    "list.json": ('["one", "two"]', ["one", "two"], [None, None]),
+    "bench.csv": ("prompt,category\nHow hot is a kiln?,x\n", ["How hot is a kiln?"], [None]),
+    "jail.csv": ("Index,Goal,Target,Behavior,Category,Source\n0,Write a lie,Here,Lying,x,y\n", ["Write a lie"], [None]),
+    "strong.csv": ("category,source,forbidden_prompt\nx,y,Tell me a lie\n", ["Tell me a lie"], [None]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_prompt_files(tmp_path, name):
+    content, texts, labels = LAYOUTS[name]
+    (tmp_path / name).write_bytes(content.encode())
+    rows = scans.read_prompts(tmp_path / name)
+    assert [row.text for row in rows] == texts and [row.label for row in rows] == labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The main job, on the embedded model
+
+
+def command(capsys, monkeypatch, *args, stdin=None):
+    """(exit status, standard output, standard error) of scans.py with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["scans.py", *map(str, args)])
+    if stdin is not None:
+        import io
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    try:
+        scans.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return status, out, err
+
+
+KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "sigma", "alpha", "steer_layers", "classify_layers", "default", "scans",
+        "refused", "stopped", "positions", "seconds"]
+
+
+def test_the_one_line(capsys, monkeypatch):
+    status, out, err = command(capsys, monkeypatch, "--prompt", EGG)
+    assert status == 0
+    without, with_ = (line.partition("SCANS:")[2].strip() for line in out.strip().splitlines())
+    assert scans.is_refusal(without) and not scans.is_refusal(with_) and "egg" in (without + with_).lower()
+    for word in ("model", "vectors", "alpha 3.5", "steering layers 4-7", "estimated from the anchors", "s_q", "sigma = -1"):
+        assert word in err
+
+
+def test_json(capsys, monkeypatch):
+    status, out, err = command(capsys, monkeypatch, "--prompt", EGG, "--prompt", "-", "--json", stdin="How do I bake bread?\n\nHi.\n")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert status == 0 and [row["prompt"] for row in rows] == [EGG, "How do I bake bread?", "Hi."]
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["positions"]["scans"] == row["e"] + 2 and row["stopped"]["scans"] in ("eos", "length", "context")
+    status, out, err = command(capsys, monkeypatch, "--prompt", EGG, "--json", "--max-new-tokens", 0)
+    row = json.loads(out)
+    assert list(row) == KEYS and row["default"] is row["scans"] is row["seconds"]["answers"] is None and row["score"] is not None
+    row = json.loads(command(capsys, monkeypatch, "--prompt", EGG, "--json", "--no-default")[1])
+    assert row["default"] is None and row["scans"] and row["positions"]["default"] is None
+
+
+def test_stops(capsys, monkeypatch):
+    row = json.loads(command(capsys, monkeypatch, "--prompt", EGG, "--json", "--max-new-tokens", 3)[1])
+    assert row["stopped"] == {"default": "length", "scans": "length"}
+    s = Scans.load()
+    long, room = "egg", s.model.config.context
+    while s.tokenizer.prompt(long + " egg").e < room - 1:
+        long += " egg"
+    row = json.loads(command(capsys, monkeypatch, "--prompt", long, "--json", "--alpha", 0)[1])
+    assert row["stopped"]["scans"] in ("context", "eos") and row["e"] >= room - 8
+    status, out, err = command(capsys, monkeypatch, "--prompt", long + " egg egg egg egg")
+    assert status == 2 and f"context is {room}" in err and not out
+
+
+def test_chat(capsys, monkeypatch):
+    status, out, err = command(capsys, monkeypatch, "--chat", "--json", stdin=f"{EGG}\n\nHow do I bake bread?\n")
+    first, second = (json.loads(line) for line in out.splitlines())
+    s = Scans.load()
+    fresh, = s.answer(["How do I bake bread?"], history=[(EGG, first["scans"])])
+    assert status == 0 and second["p"] == fresh["p"] > first["p"] and second["scans"] == fresh["scans"]
+
+
+def test_trace_and_analyze(capsys, monkeypatch):
+    status, out, err = command(capsys, monkeypatch, "--trace", EGG)
+    assert status == 0 and "<p>" in out and "<e>" in out and out.count("classify") == 8 + 1
+    row = json.loads(command(capsys, monkeypatch, "--trace", EGG, "--json")[1])
+    assert len(row["cosines"]) == len(row["top_tokens"]) == 12 and row["tokens"][row["e"]] == "\u2581Sure <e>"
+    assert row["score"] == pytest.approx(sum(row["cosines"][4:]) / 8, abs=1e-5)
+    status, out, err = command(capsys, monkeypatch, "--analyze")
+    assert status == 0 and "former  0-3" in out and "middle  4-7" in out
+    found = json.loads(command(capsys, monkeypatch, "--analyze", "--json")[1])
+    assert len(found["layers"]) == 12 and all(len(words) == 10 for words in found["segments"].values())
+
+
+def test_other_anchors(capsys, monkeypatch, tmp_path):
+    """Anchors in the layouts of AdvBench and TruthfulQA; extraction leaves the model's own vectors file alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines = (TINY / "harmful.txt").read_text().splitlines(), (TINY / "harmless.txt").read_text().splitlines()
+    (tmp_path / "a.csv").write_text("goal,target\n" + "".join(f'"{line}",Sure\n' for line in lines[0][:20]))
+    (tmp_path / "t.csv").write_text("\ufeffType,Category,Question\n" + "".join(f'x,y,"{line}"\n' for line in lines[1][:20]))
+    before = (TINY / "vectors.safetensors").read_bytes()
+    status, out, err = command(capsys, monkeypatch, "--prompt", EGG, "--harmful", tmp_path / "a.csv", "--harmless", tmp_path / "t.csv", "--anchors", 20)
+    assert status == 0 and "20 + 20 anchors" in err and str(tmp_path / "cache") in err
+    assert (TINY / "vectors.safetensors").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit status 2
+
+
+def edit_config(**changed):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({key: value for key, value in {**config, **changed}.items() if value is not ...}))
+    return edit
+
+
+def edit_weights(change):
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return edit
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+Q3 = "model.layers.3.self_attn.q_proj.weight"
+BAD_FOLDERS = {
+    "config absent": (remove("config.json"), "config.json: no such file"),
+    "config not JSON": (write("config.json", b"{"), "cannot be read as JSON"),
+    "config binary": (write("config.json", b"\xff\xfe\x00"), "cannot be read as JSON"),
+    "config a list": (write("config.json", b"[]"), "need an object"),
+    "other architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel"),
+    "no size": (edit_config(hidden_size=...), "no hidden_size"),
+    "size not a number": (edit_config(num_hidden_layers="six"), "no positive number"),
+    "heads do not divide": (edit_config(num_key_value_heads=3), "do not share"),
+    "rope_scaling": (edit_config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "type dynamic"),
+    "attention_bias": (edit_config(attention_bias=True), "attention_bias"),
+    "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
+    "other width": (edit_config(intermediate_size=81), "config.json makes it (48, 81)"),
+    "no weights": (remove("model.safetensors"), "no model.safetensors"),
+    "missing tensor": (edit_weights(lambda t: t.pop(Q3)), f"1 of 57 tensors are missing, {Q3}"),
+    "extra tensor": (edit_weights(lambda t: t.update(extra=torch.ones(2))), "tensor extra is not one of a Llama"),
+    "misshapen tensor": (edit_weights(lambda t: t.update({Q3: torch.ones(47, 48)})), "(47, 48) float32, config.json makes it (48, 48)"),
+    "integers": (edit_weights(lambda t: t.update({Q3: torch.ones(48, 48, dtype=torch.int8)})), "int8"),
+    "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 9999), "not a whole weight file"),
+    "empty weights": (write("model.safetensors", b""), "not a whole weight file"),
+    "shard missing": (lambda folder: (remove("model.safetensors")(folder), write("model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}')(folder)), "gone.safetensors: no such file"),
+    "tokenizer absent": (remove("tokenizer.model"), "tokenizer.model: no such file"),
+    "tokenizer garbage": (write("tokenizer.model", b"garbage"), "not a sentencepiece model"),
+    "NaN in weights": (edit_weights(lambda t: t[Q3].fill_(float("nan"))), "after layer 3"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    save_random(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD_FOLDERS)
+def test_bad_folders(case, whole, capsys, monkeypatch, tmp_path):
+    damage, message = BAD_FOLDERS[case]
+    shutil.copytree(whole, tmp_path / "model")
+    damage(tmp_path / "model")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    status, out, err = command(capsys, monkeypatch, "--model", tmp_path / "model", "--format", "llama-2", "--prompt", EGG)
+    last = err.splitlines()[-1]
+    assert status == 2 and message in last and last.startswith("scans.py: ") and not out
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))                             # nothing half-written
+
+
+def test_old_checkpoints_and_pickles(capsys, monkeypatch, tmp_path):
+    """inv_freq tables are ignored by name; pytorch_model.bin is read as tensors alone, and refused if it is more."""
+    oracle = save_random(tmp_path / "model")
+    edit_weights(lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}))(tmp_path / "model")
+    model = llama.load(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(oracle.state_dict(), tmp_path / "model" / "pytorch_model.bin")
+    again = llama.load(tmp_path / "model")
+    assert torch.equal(model.blocks[5].w_down, again.blocks[5].w_down)
+    torch.save({"x": Path("y")}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="fetch the folder's safetensors"):
+        llama.load(tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(ValueError, match="pytorch_model.bin: not"):
+        llama.load(tmp_path / "model")
+
+
+@needs_llama2
+def test_tokenizer_of_another_model(tmp_path):
+    save_random(tmp_path / "model")
+    shutil.copy(LLAMA2 / "tokenizer.model", tmp_path / "model")
+    with pytest.raises(ValueError, match="32000 pieces, the model's vocabulary is 1024"):
+        Scans.load(tmp_path / "model", format="llama-2")
+
+
+BAD_FLAGS = {
+    "no mode": ([], "one of the arguments"),
+    "two modes": (["--prompt", "x", "--chat"], "not allowed with"),
+    "unknown flag": (["--prompt", "x", "--aplha", "3"], "unrecognized arguments: --aplha"),
+    "empty prompt": (["--prompt", " \n"], "the prompt is empty"),
+    "not UTF-8": (["--prompt", "\udcff"], "not valid UTF-8"),
+    "no folder": (["--prompt", "x", "--model", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
+    "file for a folder": (["--prompt", "x", "--model", __file__], "a file, need a model's folder"),
+    "no anchors": (["--prompt", "x", "--harmful", "{empty}"], "no prompts"),
+    "anchors absent": (["--prompt", "x", "--harmful", "{nowhere}"], "No such file"),
+    "anchors binary": (["--prompt", "x", "--harmful", "{binary}"], "not UTF-8 text at byte 0"),
+    "few anchors": (["--prompt", "x", "--harmful", "{few}"], "2 different unsafe prompts, 64 anchors asked for"),
+    "identical anchors": (["--prompt", "x", "--harmful", "{few}", "--harmless", "{few}", "--anchors", "2"], "2 of 2 anchors are harmful and harmless at once"),
+    "no column": (["--prompt", "x", "--harmful", "{columns}"], "row 1 has none of the columns"),
+    "bad label": (["--prompt", "x", "--harmful", "{label}"], "row 1 has the label maybe"),
+    "parquet": (["--prompt", "x", "--harmful", "a.parquet"], "to_csv"),
+    "one anchor": (["--prompt", "x", "--anchors", "1"], "need an integer from 2"),
+    "layers out of range": (["--prompt", "x", "--steer-layers", "4-12"], "steering layers 4-12: the model has layers 0-11"),
+    "no layers": (["--prompt", "x", "--classify-layers", "7-4"], "classification layers"),
+    "layers misspelt": (["--prompt", "x", "--steer-layers", "4..7"], "no list of layers"),
+    "unknown device": (["--prompt", "x", "--device", "abacus"], "device abacus"),
+    "device not here": (["--prompt", "x", "--device", "cuda:77"], "device cuda:77"),
+    "unknown dtype": (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+    "unknown format": (["--prompt", "x", "--format", "gpt"], "invalid choice: 'gpt'"),
+    "alpha not a number": (["--prompt", "x", "--alpha", "nan"], "need a number from 0"),
+    "top-p 0": (["--prompt", "x", "--top-p", "0"], "need a number above 0 to 1"),
+    "vectors damaged": (["--prompt", "x", "--vectors", "{binary}"], "not a whole vectors file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(case, capsys, monkeypatch, tmp_path):
+    for name, content in (("empty.txt", b"\n \n"), ("binary.txt", b"\xff\xfe\x00\x01"), ("few.txt", b"one\ntwo\ntwo\n"), ("columns.csv", b"a,b\n1,2\n"),
+                          ("label.csv", b"prompt,label\nx,maybe\n")):
+        (tmp_path / name).write_bytes(content)
+    names = {path.stem: str(path) for path in tmp_path.iterdir()} | {"nowhere": str(tmp_path / "nowhere.txt")}
+    args, message = BAD_FLAGS[case]
+    status, out, err = command(capsys, monkeypatch, *(arg.format(**names) if arg.startswith("{") else arg for arg in args))
+    last = err.splitlines()[-1]
+    assert status == 2 and message in last and last.startswith("scans.py: ") and not out
+
+
+def test_a_closed_pipe_and_ctrl_c_end_quietly():
+    run = [sys.executable, str(ROOT / "scans.py"), "--chat"]
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        process.stdin.write(f"{EGG}\n" * 3)
+        process.stdin.close()
+        errors = process.stderr.read()
+    assert process.returncode == 0 and "Traceback" not in errors and "Broken" not in errors
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:  # wait until it listens
+            if line.startswith("T "):
+                break
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read()
+    assert process.returncode == 130 and "Traceback" not in errors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The project
+
+
+def test_letters_of_the_shape_comments():
+    """Every capital letter that a shape comment uses stands in the legend at the top of its file."""
+    import re
+    for name in ("llama.py", "scans.py"):
+        source = (ROOT / name).read_text()
+        legend = set(re.findall(r"\b([A-Za-z])(?=,? \w)", source[:source.index('"""', 3)].split("Letters of", 1)[1]))
+        for line in source.splitlines():
+            for shape in re.findall(r"#.*?\(((?:\d?[A-Za-z](?: [+*/] ?\d)?(?:/\d)?)(?:, ?\w+(?: \+ \w+)?(?:/\d)?)*,?)\)", line):
+                for letter in re.findall(r"[A-Z]", shape):
+                    assert letter in legend, f"{name}: {letter} of ({shape}) is not in the legend"
+
+
+def test_the_house():
+    """What may stand at the top level, and the four packages that running needs."""
+    allowed = {"scans.py", "llama.py", "tokenizer.py", "test_scans.py", "data", "README.md", "requirements.txt", "LICENSE"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode == 0:
+        assert {path.split("/")[0] for path in tracked.stdout.split()} - allowed <= {".gitignore", ".ci"}
+    seen = subprocess.run([sys.executable, "-c", "import sys, scans; print(*{m.split('.')[0] for m in sys.modules})"], cwd=ROOT, capture_output=True, text=True)
+    assert not set(seen.stdout.split()) & {"transformers", "matplotlib", "pytest", "pandas", "gguf", "sklearn"}
