@@ -360,12 +360,14 @@ class Scans:
     @classmethod
     def load(cls, folder=HERE / "data" / "tiny", device=None, dtype=None, format=None, system=None, vectors=None, refresh=False,
              harmful=None, harmless=None, anchors=None, anchor_seed=None, alpha=None, threshold=None, sigma=None,
-             steer_layers=None, classify_layers=None, sampling={}, log=lambda line: None, progress=lambda done, total: None):
+             steer_layers=None, classify_layers=None, sampling={}, threads=None, log=lambda line: None, progress=lambda done, total: None):
         """Everything from a model's folder; arguments are the flags of the command, None for what they default to.
 
         sampling: the fields of llama.Sampling that are given. Makes the vectors where there are none. Raises ValueError.
         """
         model = llama.load(folder, choose_device(device), dtype and getattr(torch, dtype))
+        if threads or model.size() < 2e7:
+            torch.set_num_threads(threads or 1)  # the steps of a small model are shorter than waking a second thread
         tokenizer = Tokenizer(folder, model.config.V, format, system)
         log(f"model     {shown(folder)}: {model.size() / 1e6:.1f} M parameters, {model.config.L} layers, {str(model.embed.dtype)[6:]} on "
             f"{model.embed.device}; chat format {tokenizer.name}")
@@ -722,7 +724,7 @@ def add_flags(parser):
     m.add_argument("--system", metavar="TEXT", help="system prompt; default: the format's own")
     m.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
     m.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: that of the weights, where the device computes in it")
-    m.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads; default: torch's choice")
+    m.add_argument("--threads", type=number(int, 1, 1024), help="CPU threads; default: torch's choice, 1 for a small model")
     v = parser.add_argument_group("vectors")
     v.add_argument("--vectors", metavar="FILE", help="vectors file; default: in the model's folder, else in the user's cache")
     v.add_argument("--refresh", action="store_true", help="extract them again")
@@ -749,12 +751,10 @@ def add_flags(parser):
 
 def setup(args):
     """Scans from parsed flags; says on standard error what it found."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
     sampling = {name: getattr(args, name) for name in Sampling.__dataclass_fields__ if getattr(args, name) is not None}
     scans = Scans.load(args.model, args.device, args.dtype, args.format, args.system, args.vectors, args.refresh, args.harmful,
                        args.harmless, args.anchors, args.anchor_seed, args.alpha, args.threshold, args.sigma, args.steer_layers,
-                       args.classify_layers, sampling, say, lambda done, total: report(f"extracting vectors: {done} of {total} anchors", done == total))
+                       args.classify_layers, sampling, args.threads, say, lambda done, total: report(f"extracting vectors: {done} of {total} anchors", done == total))
     config, chosen = scans.model.config, scans.settings
     say(f"settings  {chosen.table.model} ({chosen.table.source}): alpha {chosen.alpha:g}, steering layers {show_layers(chosen.steer)}, "
         f"classification layers {show_layers(chosen.classify)} of {config.L}")
