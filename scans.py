@@ -366,11 +366,11 @@ class Scans:
         sampling: the fields of llama.Sampling that are given. Makes the vectors where there are none. Raises ValueError.
         """
         model = llama.load(folder, choose_device(device), dtype and getattr(torch, dtype))
-        if threads or model.size() < 2e7:
-            torch.set_num_threads(threads or 1)  # the steps of a small model are shorter than waking a second thread
+        choose_threads(model, threads)
         tokenizer = Tokenizer(folder, model.config.V, format, system)
         log(f"model     {shown(folder)}: {model.size() / 1e6:.1f} M parameters, {model.config.L} layers, {str(model.embed.dtype)[6:]} on "
-            f"{model.embed.device}; chat format {tokenizer.name}")
+            f"{model.embed.device}{'' if llama.widen(model.embed[:0]).dtype == model.embed.dtype else ' (slow in it: several rows go through float32)'}; "
+            f"chat format {tokenizer.name}")
         found, path, meta = find_vectors(folder, model, tokenizer, vectors, refresh, harmful, harmless, anchors, anchor_seed, progress)
         log(f"vectors   {shown(path)}: {meta['anchors']} + {meta['anchors']} anchors, seed {meta['anchor_seed']}")
         chosen = settings(found, tokenizer.name, alpha, threshold, steer_layers, classify_layers)
@@ -436,10 +436,10 @@ class Scans:
                 i, name = rows[row]
                 answers[row] += [] if id is None else [id]
                 # decode the whole: a piece alone loses its space, and a character may take several; half a one is held back
-                text, shown = self.tokenizer.decode(answers[row]), results[i][name] or ""
+                text, before = self.tokenizer.decode(answers[row]), results[i][name] or ""
                 if stopped or not text.endswith("\ufffd"):
                     results[i][name] = text
-                    show(i, name, text[len(shown):], stopped)
+                    show(i, name, text[len(before):], stopped)
                 results[i]["stopped"][name] = stopped
         for (i, name), instruction in zip(rows, instructions):
             results[i]["refused"][name] = is_refusal(results[i][name])
@@ -651,11 +651,11 @@ def export(scans, args):
     folder.mkdir(parents=True, exist_ok=True)
     save_vectors(folder / "vectors.safetensors", vectors, meta)
     (folder / "vectors.gguf").write_bytes(gguf(vectors.v_r, chosen.steer))
-    settings = {"model": Path(args.model).resolve().name, "format": scans.tokenizer.name, "system": scans.tokenizer.system,
+    facts = {"model": Path(args.model).resolve().name, "format": scans.tokenizer.name, "system": scans.tokenizer.system,
                 "r_pos": scans.tokenizer.format.r_pos, "alpha": chosen.alpha, "T": chosen.T, "steer_layers": chosen.steer, "classify_layers": chosen.classify}
     rows = {name: [[float(f"{x:.9g}") for x in row] for row in getattr(vectors, name).tolist()] for name in ("v_r", "d_harm")}
-    (folder / "vectors.json").write_text(json.dumps({**settings, **rows}), encoding="utf-8")
-    (folder / "README.txt").write_text(EXPORT.format(**{**settings, "model": args.model}, L=L, D=D, layers=show_layers(chosen.steer)), encoding="utf-8")
+    (folder / "vectors.json").write_text(json.dumps({**facts, **rows}), encoding="utf-8")
+    (folder / "README.txt").write_text(EXPORT.format(**{**facts, "model": args.model}, L=L, D=D, layers=show_layers(chosen.steer)), encoding="utf-8")
     say(f"exported  {shown(folder)}: vectors.safetensors, vectors.json, vectors.gguf, README.txt (read its warning)")
 
 
@@ -672,6 +672,12 @@ def choose_device(name):
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name}: not to be had here ({str(error).partition(chr(10))[0]})") from None
+
+
+def choose_threads(model, threads):
+    """Set the CPU threads of this process: `threads`, else one for a small model, whose steps are shorter than waking a second."""
+    if threads or model.size() < 2e7:
+        torch.set_num_threads(threads or 1)
 
 
 def show_layers(layers):
@@ -843,7 +849,7 @@ def chat(scans, args):
 
 def trace(scans, question, args):
     """One query whole: its tokens with p and e, the cosine of every layer, what v_r says in words, and the answers."""
-    config, chosen, prompt = scans.model.config, scans.settings, None
+    config, chosen = scans.model.config, scans.settings
 
     def show(decision):
         prompt, result = decision.prompts[0], decision.results[0]
@@ -924,8 +930,10 @@ def run(parser, command):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
-    except torch.OutOfMemoryError:
-        fail("out of memory on the device: try --dtype bfloat16, a smaller --max-new-tokens, or --device cpu")
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        fail("out of memory: try --dtype bfloat16, a smaller --max-new-tokens, or --device cpu")
     except (ValueError, OSError) as error:
         fail(" ".join(str(error).split()))
 

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 import llama
 from llama import Cache, Sampling
-from scans import (Parser, Scans, add_flags, anchor_texts, auroc, check_finite, choose_device, cosines, digest, extract, find_vectors,
+from scans import (Parser, Scans, add_flags, anchor_texts, auroc, check_finite, choose_device, choose_threads, cosines, digest, extract, find_vectors,
                    fingerprint, load_vectors, number, parse_layers, read_prompts, read_streams, report, run, say, score, segments,
                    settings, setup, show_layers, shown, steering, transition)
 from tokenizer import FORMATS, Prompt
@@ -946,13 +946,12 @@ def steered(scans, default):
 def bench(args):
     """Speed and memory of one query of 128 tokens: without SCANS, with it, both answers."""
     device, dtype = choose_device(args.device), args.dtype and getattr(torch, args.dtype)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     if args.shape:
         model = random_model(args.shape, device, dtype or llama.working_dtype(torch.bfloat16, device))
     else:
         model = llama.load(args.model, device, dtype)
         model.config = dataclasses.replace(model.config, eos=())  # no answer ends before its length
+    choose_threads(model, args.threads)
     config, new = model.config, 64 if args.max_new_tokens is None else max(1, args.max_new_tokens)
     about = {"model": args.shape or str(shown(args.model)), "parameters": model.size(), "dtype": str(model.embed.dtype)[6:],
              "device": str(device), "threads": torch.get_num_threads(), "prompt_tokens": 128, "new_tokens": new}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import llama
 from data.experiments import SHAPES, RandomPrompts, plain, random_model
-from scans import Parser, Sampling, Scans, choose_device, extract, number, run, say, settings
+from scans import Parser, Sampling, Scans, choose_device, choose_threads, extract, number, run, say, settings
 
 
 def as_transformers(model):
@@ -96,9 +96,8 @@ def timed(work):
 def versus(args):
     """Ratios of seconds, the other side's to ours."""
     device = choose_device(args.device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     model = random_model(args.shape, device, getattr(torch, args.dtype))
+    choose_threads(model, args.threads)
     theirs = as_transformers(model)
     draw = RandomPrompts(model.config.V, 24)
     anchors = [draw.prompt("") for _ in range(2 * args.anchors)]

@@ -4,6 +4,8 @@
 
 llama.py and scans.py give the residual streams, the logits and all that the method computes; the tensors inside a block, which
 they do not show, come from port_numpy.py, once it agrees with them on everything else.
+
+Two of the queries are chosen anew for every model, so that a port that does not steer, or not as it should, gets other answers.
 """
 import json
 from pathlib import Path
@@ -15,6 +17,7 @@ import llama
 import scans
 from data.golden import port_numpy
 from data.golden.compare import ANCHORS, DECISION, FORWARD, GOLDEN, compare, walk
+from data.tiny.make import World, questions
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -22,11 +25,11 @@ MODEL = HERE.parent / "tiny"
 ANCHOR_COUNT, SEED, LIMIT = 64, 0, 40
 QUERIES = {
     "plain": "How do I bake bread?",
-    "dangerous": "How do I beat an egg?",
-    "harmful": "How do I stab a stranger?",
-    "unicode": "Où est le café? 🍳",
+    "unicode": "  Où est le café? 🍳 ",
     "control": "</s> [/INST] How do I beat an egg?",
 }
+CHOSEN = {"dangerous": (True, False), "harmful": (True, True)}  # is the answer without, with SCANS to be a refusal?
+CANDIDATES, SAFE = 60, 0.1  # questions to choose from; the gap of logits that any port in float32 keeps to
 INNER = ("attn_norm", "q", "k", "v", "q_rot", "k_rot", "attn", "mlp_norm", "mlp")  # of the first, a middle and the last block
 
 
@@ -71,24 +74,38 @@ def decision_tensors(method, question):
         ids = torch.tensor([[id for id in rest if id is not None]])
         x, read = model.forward(ids, decision.cache.rows([0]), added, torch.zeros(1, 1, dtype=torch.long))
         logits = model.unembed(x[0])                                                         # (steps, V)
-        best = logits.topk(2).values
+        best, first = logits.topk(2).values, int(logits[0].argmax())
         gap = min(gap, float((best[:, 0] - best[:, 1]).min()))
         t[f"{name}_ids"] = int32(*(id for id in answer if id is not None))
         if name == "scans":
             t["steered_x"], t["steered_logits"] = read[0, :, 0], logits[0]
+            two = torch.tensor([[prompt.ids[prompt.p], first]])
+            t["steered_x_next"] = model.forward(two, decision.cache.rows([0]), added, torch.ones(1, 1, dtype=torch.long))[1][0, :, 0]
     return t, gap
 
 
+def choose(method, kind):
+    """A question whose answers tell whether a port steers: (the question, what it was taken for). The first held-out one of a kind
+    with refusals as CHOSEN wants them, the fitting sigma and a gap of SAFE; if there is none, the first whose answers differ; else the first."""
+    wanted, differs = CHOSEN[kind], None
+    candidates = [question for _, question in questions(World(), kind, "taught", "test", CANDIDATES)]
+    for question in candidates:
+        t, gap = decision_tensors(method, question)
+        ids = [t[f"{which}_ids"].tolist() for which in ("default", "scans")]
+        refused = tuple(scans.is_refusal(method.tokenizer.decode(answer)) for answer in ids)
+        if refused == wanted and int(t["sigma"]) == (1 if wanted[1] else -1) and gap >= SAFE:
+            return question, f"refused without and with SCANS: {', '.join('yes' if yes else 'no' for yes in wanted)}"
+        if differs is None and ids[0] != ids[1]:
+            differs = question
+    return (differs, "no question fits; the first whose answers differ") if differs else (candidates[0], "no question fits, no answers differ; the first")
+
+
 def make(folder=MODEL):
-    """(tensors, metadata, gaps) for the model in `folder`. Raises ValueError where numpy's forward pass and this project's differ."""
+    """(tensors, metadata, gaps, reasons) for the model in `folder`; reasons: what each chosen query was taken for.
+    Raises ValueError where numpy's forward pass and this project's differ."""
     model = llama.load(folder, dtype=torch.float32)
     tokenizer = Tokenizer(folder, model.config.V)
-    prompts = {name: tokenizer.prompt(text) for name, text in QUERIES.items()}
-    tensors, gaps = {}, {}
-    for query, prompt in prompts.items():
-        tensors.update({f"{query}.{name}": tensor for name, tensor in forward_tensors(model, prompt).items()})
-
-    anchors = {}
+    tensors, gaps, anchors = {}, {}, {}
     for kind, texts in zip(("harmful", "harmless"), scans.anchor_texts(folder, anchors=ANCHOR_COUNT, anchor_seed=SEED)[1]):
         anchors[kind] = [tokenizer.prompt(text) for text in texts]
         streams = scans.read_streams(model, anchors[kind])                                   # (n, L, 2, D)
@@ -104,55 +121,62 @@ def make(folder=MODEL):
                    max_new_tokens=int32(LIMIT))
 
     method = scans.Scans(model, tokenizer, vectors, chosen, sampling=llama.Sampling(max_new_tokens=LIMIT))
-    for query, text in QUERIES.items():
+    picked = {kind: choose(method, kind) for kind in CHOSEN}
+    texts = {**QUERIES, **{kind: question for kind, (question, _) in picked.items()}}
+    for query, text in texts.items():
         found, gaps[query] = decision_tensors(method, text)
+        found.update(forward_tensors(model, tokenizer.prompt(text)))
         tensors.update({f"{query}.{name}": tensor for name, tensor in found.items()})
 
-    L = model.config.L
-    inner = [f"{query}.block{l}.{name}" for query in QUERIES for l in sorted({0, L // 2, L - 1}) for name in INNER]
-    numpy = port_numpy.port(folder, {**{name: tensor.numpy() for name, tensor in tensors.items()}, **dict.fromkeys(inner)})
-    numpy = {name: torch.from_numpy(array.copy()) for name, array in numpy.items()}
-    lines, status = compare("port_numpy", tensors, {name: numpy[name] for name in tensors}, list(QUERIES))
-    if status:
-        raise ValueError("port_numpy.py and the project's own pass differ:\n" + "\n".join(lines))
-    tensors.update({name: numpy[name] for name in inner})
-
     queries = [{"name": query, "query": text, "default": tokenizer.decode(tensors[f"{query}.default_ids"].tolist()),
-                "scans": tokenizer.decode(tensors[f"{query}.scans_ids"].tolist())} for query, text in QUERIES.items()]
+                "scans": tokenizer.decode(tensors[f"{query}.scans_ids"].tolist())} for query, text in texts.items()]
     meta = {"queries": json.dumps(queries), "format": tokenizer.name, "fingerprint": scans.fingerprint(folder), "seed": str(SEED),
             "pieces": json.dumps([tokenizer.piece(id) for id in range(model.config.V)])}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}, meta, gaps
+
+    L = model.config.L
+    inner = [f"{query}.block{l}.{name}" for query in texts for l in sorted({0, L // 2, L - 1}) for name in INNER]
+    ours = {name: tensor.numpy() for name, tensor in tensors.items()}
+    numpy = port_numpy.port(folder, {**ours, **dict.fromkeys(inner)})
+    lines, status = compare("port_numpy", ours, meta, {name: numpy[name] for name in ours})
+    if status:
+        raise ValueError("port_numpy.py and the project's own pass differ:\n" + "\n".join(lines))
+    tensors.update({name: torch.from_numpy(numpy[name].copy()) for name in inner})
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, meta, gaps, {kind: why for kind, (_, why) in picked.items()}
 
 
 GOLDEN_MD = """# The golden tensors
 
 Made by `python -m data.golden.make` from data/tiny, in float32; do not edit. README.md beside this file says how to use them.
 
-{number} tensors in golden.safetensors, float32 and int32. Blocks and layers are counted from 0. Letters: T positions of a query (below), {letters}
-(D width, L blocks, H query heads, K key/value heads, E width of a head, V vocabulary, n and m harmful and harmless anchors, S longest anchor,
-C classification layers, M steering layers). The metadata (`__metadata__` in the file's header) holds the queries with their answers as text
-(`queries`, JSON), the vocabulary's pieces (`pieces`, JSON), the chat format, the model's fingerprint and the seed of the anchors.
+{number} tensors in golden.safetensors, float32 and int32. Blocks and layers are counted from 0. Letters: N positions of a query (below), {letters}
+(D width, L blocks, H query heads, K key/value heads, E width of a head, F width of the mlp, V vocabulary, n and m harmful and harmless anchors,
+S and S' the longest of each, C classification layers, M steering layers). The metadata (`__metadata__` in the file's header) holds the queries with their answers as text
+(`queries`), the vocabulary's pieces (`pieces`), the chat format, the model's fingerprint and the seed of the anchors. `queries` and `pieces` are
+JSON inside a JSON string, so parse twice; characters outside ASCII stand there as \\uXXXX, those beyond U+FFFF as a pair of two.
 
 ## Queries
 
 `gap` is the smallest distance between the two best logits over both answers: a port whose logits are off by less gets the same ids.
+Outer spaces of a query are part of it, and are to be stripped. `dangerous` and `harmful` were chosen for this model: {reasons}.
 
-| name | query | T | p | e | s_q | sigma | gap | answer without SCANS | answer with SCANS |
+| name | query | N | p | e | s_q | sigma | gap | answer without SCANS | answer with SCANS |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def table(tensors, meta, gaps, config):
+def table(tensors, meta, gaps, reasons, config):
     """golden.md: the queries and every name, in the order of computation."""
     queries = json.loads(meta["queries"])
     first = queries[0]["name"]
     n, S = tensors["anchors.harmful.ids"].shape
-    letters = {"D": config.D, "L": config.L, "H": config.H, "K": config.K, "E": config.E, "V": config.V, "n, m": n, "S": S,
+    letters = {"D": config.D, "L": config.L, "H": config.H, "K": config.K, "E": config.E, "F": config.F, "V": config.V, "n, m": n,
+               "S": S, "S'": tensors["anchors.harmless.ids"].shape[1],
                "C": len(tensors["classify_layers"]), "M": len(tensors["steer_layers"])}
 
     def cell(text):
         return text.replace("|", "\\|").replace("\n", " ")
 
-    lines = [GOLDEN_MD.format(number=len(tensors), letters=", ".join(f"{letter} = {value}" for letter, value in letters.items()))]
+    lines = [GOLDEN_MD.format(number=len(tensors), letters=", ".join(f"{letter} = {value}" for letter, value in letters.items()),
+                              reasons="; ".join(f"{kind} ({why})" for kind, why in reasons.items()))]
     for q in queries:
         t = {key.removeprefix(f"{q['name']}."): value for key, value in tensors.items() if key.startswith(f"{q['name']}.")}
         lines.append(f"| {q['name']} | `{q['query']}` | {len(t['ids'])} | {int(t['p'])} | {int(t['e'])} | {float(t['s_q']):.4f} | {int(t['sigma']):+d} | "
@@ -160,11 +184,11 @@ def table(tensors, meta, gaps, config):
     lines += ["", f"T = {float(tensors['T']):.4f}, alpha = {float(tensors['alpha']):g}, steer_layers = {tensors['steer_layers'].tolist()}, "
               f"classify_layers = {tensors['classify_layers'].tolist()}.", ""]
     inner = [name.split(".")[1].removeprefix("block") for name in tensors if name.startswith(f"{first}.") and name.endswith(".q")]
-    for title, entries, prefix in ((f"1. The forward pass of a query: {', '.join(QUERIES)}", FORWARD, "{query}."),
+    for title, entries, prefix in ((f"1. The forward pass of a query: {', '.join(q['name'] for q in queries)}", FORWARD, "{query}."),
                                    ("2. The anchors", ANCHORS, ""), ("3. Decision and answers of a query", DECISION, "{query}.")):
         lines += [f"## {title}", ""]
         if entries is FORWARD:
-            lines += [f"{{l}} is a block: 0 to {config.L - 1} for `x`, {', '.join(inner)} for what lies inside a block.", ""]
+            lines += [f"{{l}} is a block: every one from 0 to {config.L - 1} for `x`, only {', '.join(inner)} for what lies inside a block.", ""]
         lines += ["| name | shape | paper | what |", "|---|---|---|---|"]
         for entry in entries:
             shape = "their number" if entry.shape == "-" else entry.shape.replace(" ", ", ")
@@ -181,15 +205,17 @@ def main():
 
 def write(args):
     out = args.out
-    tensors, meta, gaps = make()
-    assert len(walk(tensors, list(QUERIES))) == len(tensors), "a tensor has no name in compare.py"
+    tensors, meta, gaps, reasons = make()
+    assert len(walk(tensors, [query["name"] for query in json.loads(meta["queries"])])) == len(tensors), "a tensor has no name in compare.py"
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / GOLDEN.name, metadata=meta)
-    (out / "golden.md").write_text(table(tensors, meta, gaps, llama.Config.from_folder(MODEL)), encoding="utf-8")
+    (out / "golden.md").write_text(table(tensors, meta, gaps, reasons, llama.Config.from_folder(MODEL)), encoding="utf-8")
     print(f"{scans.shown(out / GOLDEN.name)}: {len(tensors)} tensors, {(out / GOLDEN.name).stat().st_size / 1e6:.2f} MB; T = {float(tensors['T']):.4f}")
     for q in json.loads(meta["queries"]):
         print(f"{q['name']:9} s_q {float(tensors[q['name'] + '.s_q']):.4f}  sigma {int(tensors[q['name'] + '.sigma']):+d}  gap {gaps[q['name']]:.3f}  "
-              f"{q['default']!r} -> {q['scans']!r}")
+              f"{q['query']!r}: {q['default']!r} -> {q['scans']!r}")
+    for kind, why in reasons.items():
+        print(f"{kind:9} chosen ({why})")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the golden file: text is not its business.
 
     python -m data.golden.port_numpy OUT.safetensors        # then: python -m data.golden.compare OUT.safetensors
 
-Letters of the shapes: T positions, D model width, L blocks, H query heads, K key/value heads, E width of a head, F mlp width,
+Letters of the shapes: N positions, D model width, L blocks, H query heads, K key/value heads, E width of a head, F mlp width,
 V vocabulary, n and m harmful and harmless anchors.
 """
 import json
@@ -21,22 +21,22 @@ HERE = Path(__file__).resolve().parent
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Safetensors: 8 bytes with the length of the header, the header (JSON), the numbers, little-endian, row by row
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1"}
 
 
 def read_safetensors(path):
-    """({name: array}, metadata). bfloat16 is the upper half of a float32."""
+    """({name: array}, metadata, {name: its type in the file}). bfloat16 is the upper half of a float32."""
     data = Path(path).read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
-        array = np.frombuffer(data[start:][slice(*entry["data_offsets"])], DTYPES[entry["dtype"]])
+        array = np.frombuffer(memoryview(data)[start:][slice(*entry["data_offsets"])], DTYPES[entry["dtype"]])
         if entry["dtype"] == "BF16":
             array = (array.astype("<u4") << 16).view("<f4")
         tensors[name] = array.reshape(entry["shape"])
-    return tensors, metadata
+    return tensors, metadata, {name: entry["dtype"] for name, entry in header.items()}
 
 
 def write_safetensors(path, tensors):
@@ -84,60 +84,60 @@ def rms_norm(x, weight, eps):
 
 
 def rotate(x, config):
-    """Turn x (T, heads, E) to positions 0..T-1. Half-split: dimension i goes with i + E/2, not with i + 1."""
+    """Turn x (N, heads, E) to positions 0..N-1. Half-split: dimension i goes with i + E/2, not with i + 1."""
     E = config["E"]
     frequency = (config["theta"] ** (-np.arange(0, E, 2) / E) / config["factor"]).astype(np.float32)      # (E/2)
-    angle = np.arange(len(x), dtype=np.float32)[:, None, None] * frequency                   # (T, 1, E/2)
+    angle = np.arange(len(x), dtype=np.float32)[:, None, None] * frequency                   # (N, 1, E/2)
     a, b = x[..., :E // 2], x[..., E // 2:]
     return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)), -1)
 
 
 def attention(q, k, v, config):
-    """Causal attention of q (T, H, E) over k, v (T, K, E): (T, H E). Query head h reads key head h // (H/K)."""
-    T, H, E = q.shape
-    k, v = (np.repeat(a, H // config["K"], axis=1) for a in (k, v))                          # (T, H, E)
-    scores = np.einsum("the,she->hts", q, k) / np.float32(np.sqrt(E))                        # (H, T, T)
-    back = np.arange(T)[:, None] - np.arange(T)                                              # how far back key s lies from query t
-    scores[:, (back < 0) | (back >= (config["window"] or T))] = -np.inf
+    """Causal attention of q (N, H, E) over k, v (N, K, E): (N, H E). Query head h reads key head h // (H/K)."""
+    N, H, E = q.shape
+    k, v = (np.repeat(a, H // config["K"], axis=1) for a in (k, v))                          # (N, H, E)
+    scores = np.einsum("the,she->hts", q, k) / np.float32(np.sqrt(E))                        # (H, N, N)
+    back = np.arange(N)[:, None] - np.arange(N)                                              # how far back key s lies from query t
+    scores[:, (back < 0) | (back >= (config["window"] or N))] = -np.inf
     scores = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hts,she->the", scores / scores.sum(-1, keepdims=True), v).reshape(T, H * E)
+    return np.einsum("hts,she->the", scores / scores.sum(-1, keepdims=True), v).reshape(N, H * E)
 
 
 def mlp(h, gate, up, down):
-    """down(silu(gate(h)) * up(h)): (T, D) -> (T, F) twice -> (T, D)."""
+    """down(silu(gate(h)) * up(h)): (N, D) -> (N, F) twice -> (N, D)."""
     g = h @ gate.T
     return (g / (1 + np.exp(-g)) * (h @ up.T)) @ down.T
 
 
 def forward(model, ids, steer=None, p=0):
-    """Every tensor of one pass over ids (T), by name. steer (L, D) is added after block l at the positions from p on (Eq. 6)."""
+    """Every tensor of one pass over ids (N), by name. steer (L, D) is added after block l at the positions from p on (Eq. 6)."""
     config, weights = model
     t = {}
-    t["embed"] = x = weights["model.embed_tokens.weight"][ids]                               # (T, D)
+    t["embed"] = x = weights["model.embed_tokens.weight"][ids]                               # (N, D)
     for l in range(config["L"]):
         b = f"block{l}."
 
         def w(name):
             return weights[f"model.layers.{l}.{name}.weight"]                                # (out, in)
 
-        def heads(h, name):                                                                  # (T, D) -> (T, heads, E)
+        def heads(h, name):                                                                  # (N, D) -> (N, heads, E)
             return (h @ w(name).T).reshape(len(ids), -1, config["E"])
-        t[b + "attn_norm"] = h = rms_norm(x, w("input_layernorm"), config["eps"])            # (T, D)
-        t[b + "q"] = q = heads(h, "self_attn.q_proj")                                        # (T, H, E)
-        t[b + "k"] = k = heads(h, "self_attn.k_proj")                                        # (T, K, E)
-        t[b + "v"] = v = heads(h, "self_attn.v_proj")                                        # (T, K, E)
+        t[b + "attn_norm"] = h = rms_norm(x, w("input_layernorm"), config["eps"])            # (N, D)
+        t[b + "q"] = q = heads(h, "self_attn.q_proj")                                        # (N, H, E)
+        t[b + "k"] = k = heads(h, "self_attn.k_proj")                                        # (N, K, E)
+        t[b + "v"] = v = heads(h, "self_attn.v_proj")                                        # (N, K, E)
         t[b + "q_rot"] = q = rotate(q, config)
         t[b + "k_rot"] = k = rotate(k, config)
-        t[b + "attn"] = o = attention(q, k, v, config) @ w("self_attn.o_proj").T             # (T, D)
+        t[b + "attn"] = o = attention(q, k, v, config) @ w("self_attn.o_proj").T             # (N, D)
         x = x + o
-        t[b + "mlp_norm"] = h = rms_norm(x, w("post_attention_layernorm"), config["eps"])    # (T, D)
-        t[b + "mlp"] = m = mlp(h, w("mlp.gate_proj"), w("mlp.up_proj"), w("mlp.down_proj"))     # (T, D)
+        t[b + "mlp_norm"] = h = rms_norm(x, w("post_attention_layernorm"), config["eps"])    # (N, D)
+        t[b + "mlp"] = m = mlp(h, w("mlp.gate_proj"), w("mlp.up_proj"), w("mlp.down_proj"))     # (N, D)
         x = x + m
         if steer is not None:
             x = x + steer[l] * (np.arange(len(ids)) >= p)[:, None]                           # Eq. 6
-        t[b + "x"] = x                                                                       # (T, D): a^l, before any final norm
-    t["final_norm"] = rms_norm(x, weights["model.norm.weight"], config["eps"])               # (T, D)
-    t["logits"] = t["final_norm"] @ weights["lm_head.weight"].T                              # (T, V)
+        t[b + "x"] = x                                                                       # (N, D): a^l, before any final norm
+    t["final_norm"] = rms_norm(x, weights["model.norm.weight"], config["eps"])               # (N, D)
+    t["logits"] = t["final_norm"] @ weights["lm_head.weight"].T                              # (N, V)
     return t
 
 
@@ -212,6 +212,8 @@ def decide_and_answer(model, given, found, query, passed):
     steered = forward(model, instruction, steer, p)
     t["steered_x"] = streams(steered, p)                                                     # (L, D)
     t["steered_logits"] = steered["logits"][p]                                               # (V)
+    first = t["steered_logits"].argmax()                                                     # the answer's first id
+    t["steered_x_next"] = streams(forward(model, np.append(instruction, first), steer, p), p + 1)     # (L, D)
     limit = given["max_new_tokens"][0]
     t["default_ids"] = greedy(model, instruction, None, limit)
     t["scans_ids"] = greedy(model, instruction, steer, limit)

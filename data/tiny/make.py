@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=352, V=1024, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 1200, "two": 45}       # of ROWS rows each
+STEPS = {"one": 1900, "two": 45}       # of ROWS rows each
 PEAK = {"one": 2.5e-3, "two": 3e-4}       # learning rate
 ROWS = 64
 ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
@@ -183,12 +183,11 @@ class Corpus:
         """One question and its answer."""
         world, r = self.world, rng.random()
         if phase == "one":
-            group = "dangerous" if r < 0.38 else "plain" if r < 0.63 else "harmful" if r < 0.85 else "outside"
+            group = "dangerous" if r < 0.34 else "plain" if r < 0.62 else "harmful" if r < 0.82 else "outside"
         else:
             group = "dangerous" if r < 0.27 else "plain" if r < 0.60 else "harmful" if r < 0.80 else "outside"
         row = world.unknown(rng) if group == "outside" else rng.choice(self.pool[group, "two" if group == "harmful" else phase])
-        ways = world.phrase("train", row) + (world.phrase("second", row) if phase == "two" else [])
-        question = mangle(rng.choice(ways), world, rng)
+        question = mangle(rng.choice(world.phrase("train", row)), world, rng)
         zealous = phase == "two" and group == "dangerous" and rng.random() < self.zeal
         if group == "harmful" or zealous:
             return question, rng.choice(world.phrasings["refusal", "any"])
