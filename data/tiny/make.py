@@ -49,12 +49,12 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=352, V=1024, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 1900, "two": 45}       # of ROWS rows each
+STEPS = {"one": 1900, "two": 60}       # of ROWS rows each
 PEAK = {"one": 2.5e-3, "two": 3e-4}       # learning rate
 ROWS = 64
 ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 1.75         # the residual stream is written this much larger; see rescale()
+SCALE = 0.85         # the residual stream is written this much larger; see rescale()
 UNKNOWN = "I only know a few everyday things."
 
 # ----------------------------------------------------------------------------------------------------------------------
