@@ -586,7 +586,7 @@ KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "s
 def readme_examples():
     """{command: what the README shows below it} of every `python scans.py` line with a block of output behind it."""
     text = (ROOT / "README.md").read_text()
-    return dict(re.findall(r"^    (?:.*&& )?python scans\.py (.*)\n\n```\n(.*?)```$", text, re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r"^    (?:.*&& )?python scans\.py (.*)\n\n```\n((?s:.*?))```$", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("line", readme_examples())
