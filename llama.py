@@ -118,9 +118,9 @@ def widen(x):
 
 
 def linear(x, weight):
-    """x (..., in) times weight (out, in). Where half precision is slow, several rows go through float32, the weight widened
-    piece by piece so that it stays in the cache (6 to 10 times as fast); a single row is as fast either way."""
-    if widen(weight[:0]).dtype == weight.dtype or x.shape[:-1].numel() == 1:
+    """x (..., in) times weight (out, in). Where half precision is slow, more than 8 rows go through float32, the weight widened
+    piece by piece so that it stays in the cache; up to 8 rows are faster as they are (measured on two AVX2 cores)."""
+    if widen(weight[:0]).dtype == weight.dtype or x.shape[:-1].numel() <= 8:
         return F.linear(x, weight)
     return torch.cat([F.linear(x.float(), piece.float()) for piece in weight.split(512)], -1).to(x.dtype)
 

@@ -369,7 +369,7 @@ class Scans:
         choose_threads(model, threads)
         tokenizer = Tokenizer(folder, model.config.V, format, system)
         log(f"model     {shown(folder)}: {model.size() / 1e6:.1f} M parameters, {model.config.L} layers, {str(model.embed.dtype)[6:]} on "
-            f"{model.embed.device}{'' if llama.widen(model.embed[:0]).dtype == model.embed.dtype else ' (slow in it: several rows go through float32)'}; "
+            f"{model.embed.device}{'' if llama.widen(model.embed[:0]).dtype == model.embed.dtype else ' (slow in it: long prompts go through float32)'}; "
             f"chat format {tokenizer.name}")
         found, path, meta = find_vectors(folder, model, tokenizer, vectors, refresh, harmful, harmless, anchors, anchor_seed, progress)
         log(f"vectors   {shown(path)}: {meta['anchors']} + {meta['anchors']} anchors, seed {meta['anchor_seed']}")
