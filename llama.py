@@ -400,6 +400,13 @@ def generate(model, prompts, cache, steer=None, sampling=Sampling()):
     for step in range(1, sampling.max_new_tokens + 1):
         x, _ = model.forward(ids, cache, steer)
         logits = model.unembed(x[:, -1])                                                     # (B, V)
+        if not logits.isfinite().all():
+            b = int((~logits.isfinite().all(-1)).nonzero()[0])
+            cache.length = cache.length - 1  # once more, to see where it began
+            _, streams = model.forward(ids, cache, steer, read=torch.zeros_like(ids))        # (B, L, 1, D)
+            l = int((~streams[b].isfinite().flatten(1).all(-1)).int().argmax())
+            raise ValueError(f"NaN or infinity in the residual stream after layer {l}, "
+                             f"at new token {step} of the answer in row {alive[b]}")
         logits = torch.where(seen, torch.where(logits > 0, logits / sampling.repetition_penalty,
                                                logits * sampling.repetition_penalty), logits)
         out, keep = [], []

@@ -807,6 +807,7 @@ BAD_FLAGS = {
     "unknown format": (["--prompt", "x", "--format", "gpt"], "invalid choice: 'gpt'"),
     "alpha not a number": (["--prompt", "x", "--alpha", "nan"], "need a number from 0"),
     "top-p 0": (["--prompt", "x", "--top-p", "0"], "need a number above 0 to 1"),
+    "NaN by steering": (["--prompt", "x", "--alpha", "3e38", "--steer-layers", "0-11", "--json"], "at new token 1 of the answer in row 1"),
     "vectors damaged": (["--prompt", "x", "--vectors", "{binary}"], "not a whole vectors file"),
 }
 
