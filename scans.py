@@ -351,10 +351,11 @@ class Decision:
 class Scans:
     """A model with its tokenizer, vectors and settings: `Scans.load("data/tiny").answer(["How do I beat an egg?"])`."""
 
-    def __init__(self, model, tokenizer, vectors, settings, sigma=None, sampling=None):
-        """sigma: None to decide per query, else -1, 0 or +1 for every query. sampling: None for the model's published way."""
+    def __init__(self, model, tokenizer, vectors, settings, sigma=None, sampling=None, meta=None):
+        """sigma: None to decide per query, else -1, 0 or +1 for every query. sampling: None for the model's published way.
+        meta: the metadata of the file that the vectors come from, for `export`."""
         self.model, self.tokenizer, self.vectors, self.settings, self.sigma = model, tokenizer, vectors, settings, sigma
-        self.sampling = sampling or Sampling(repetition_penalty=settings.table.repetition_penalty)
+        self.meta, self.sampling = meta, sampling or Sampling(repetition_penalty=settings.table.repetition_penalty)
         self.v_r, self.d_harm = (t.to(model.embed.device) for t in (vectors.v_r, vectors.d_harm))
 
     @classmethod
@@ -374,7 +375,7 @@ class Scans:
         found, path, meta = find_vectors(folder, model, tokenizer, vectors, refresh, harmful, harmless, anchors, anchor_seed, progress)
         log(f"vectors   {shown(path)}: {meta['anchors']} + {meta['anchors']} anchors, seed {meta['anchor_seed']}")
         chosen = settings(found, tokenizer.name, alpha, threshold, steer_layers, classify_layers)
-        return cls(model, tokenizer, found, chosen, sigma, Sampling(**{"repetition_penalty": chosen.table.repetition_penalty, **sampling}))
+        return cls(model, tokenizer, found, chosen, sigma, Sampling(**{"repetition_penalty": chosen.table.repetition_penalty, **sampling}), meta)
 
     @torch.inference_mode()
     def decide(self, questions, history=(), past=None):
@@ -646,10 +647,9 @@ def gguf(v_r, layers):
 def export(scans, args):
     """Write the vectors into the folder --export names, and a README.txt with command lines and the warning."""
     folder, chosen = Path(args.export), scans.settings
-    vectors, _, meta = find_vectors(args.model, scans.model, scans.tokenizer, args.vectors, False, args.harmful, args.harmless, args.anchors, args.anchor_seed)
-    L, D = vectors.v_r.shape
+    vectors, (L, D) = scans.vectors, scans.vectors.v_r.shape
     folder.mkdir(parents=True, exist_ok=True)
-    save_vectors(folder / "vectors.safetensors", vectors, meta)
+    save_vectors(folder / "vectors.safetensors", vectors, scans.meta)
     (folder / "vectors.gguf").write_bytes(gguf(vectors.v_r, chosen.steer))
     facts = {"model": Path(args.model).resolve().name, "format": scans.tokenizer.name, "system": scans.tokenizer.system,
                 "r_pos": scans.tokenizer.format.r_pos, "alpha": chosen.alpha, "T": chosen.T, "steer_layers": chosen.steer, "classify_layers": chosen.classify}

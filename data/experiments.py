@@ -26,7 +26,6 @@ import math
 import os
 import re
 import statistics
-import sys
 import time
 from collections import Counter
 from pathlib import Path
