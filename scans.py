@@ -212,10 +212,10 @@ def principal_component(v):
     return component if component @ v.mean(0) >= 0 else -component
 
 
-def top_tokens(model, tokenizer, direction, k=10):
-    """The k pieces whose output embedding a direction (D) points to most."""
-    logits = model.head.float() @ direction.to(model.head.device)                           # (V)
-    return [tokenizer.piece(id) for id in logits.topk(k).indices.tolist()]
+def top_tokens(model, tokenizer, directions, k=10):
+    """The k pieces whose output embedding each direction (n, D) points to most: n lists."""
+    logits = directions.to(model.head.device) @ model.head.to_dense().float().T             # (n, V)
+    return [[tokenizer.piece(id) for id in ids] for ids in logits.topk(k).indices.tolist()]
 
 
 def auroc(positive, negative):
@@ -369,9 +369,10 @@ class Scans:
         model = llama.load(folder, choose_device(device), dtype and getattr(torch, dtype))
         choose_threads(model, threads)
         tokenizer = Tokenizer(folder, model.config.V, format, system)
-        log(f"model     {shown(folder)}: {model.size() / 1e6:.1f} M parameters, {model.config.L} layers, {str(model.embed.dtype)[6:]} on "
-            f"{model.embed.device}{'' if llama.widen(model.embed[:0]).dtype == model.embed.dtype else ' (slow in it: long prompts go through float32)'}; "
-            f"chat format {tokenizer.name}")
+        dtype, stored = (str(kind)[6:] for kind in (model.embed.dtype, model.stored))
+        slow = "" if llama.widen(model.embed[:0]).dtype == model.embed.dtype else " (slow in it: long prompts go through float32)"
+        log(f"model     {shown(folder)}: {model.size() / 1e6:.1f} M parameters, {model.config.L} layers, {dtype}{'' if dtype == stored else f' (stored: {stored})'} "
+            f"on {model.embed.device}{slow}; chat format {tokenizer.name}")
         found, path, meta = find_vectors(folder, model, tokenizer, vectors, refresh, harmful, harmless, anchors, anchor_seed, progress)
         log(f"vectors   {shown(path)}: {meta['anchors']} + {meta['anchors']} anchors, seed {meta['anchor_seed']}")
         chosen = settings(found, tokenizer.name, alpha, threshold, steer_layers, classify_layers)
@@ -855,7 +856,7 @@ def trace(scans, question, args):
         prompt, result = decision.prompts[0], decision.results[0]
         marks = {prompt.p: " <p>", prompt.e: " <e>"}
         tokens = [scans.tokenizer.piece(id) + marks.get(i, "") for i, id in enumerate(prompt.ids)]
-        top = [top_tokens(scans.model, scans.tokenizer, v, 5) for v in scans.v_r]
+        top = top_tokens(scans.model, scans.tokenizer, scans.v_r, 5)
         cos = decision.cosines[0].tolist()
         if args.json:
             result.update(tokens=tokens, cosines=cos, top_tokens=top)
@@ -874,18 +875,18 @@ def trace(scans, question, args):
 def analyze(scans, args):
     """The layers: words of each segment (Table 1), lengths, separation of the anchors. Reports, changes nothing."""
     vectors, tokenizer, model = scans.vectors, scans.tokenizer, scans.model
-    words = {name: top_tokens(model, tokenizer, principal_component(vectors.v_r[list(layers)]))
-             for name, layers in segments(model.config.L).items() if layers}
+    thirds = {name: layers for name, layers in segments(model.config.L).items() if layers}
+    components = torch.stack([principal_component(vectors.v_r[list(layers)]) for layers in thirds.values()])    # (segments, D)
+    words, by_layer = dict(zip(thirds, top_tokens(model, tokenizer, components))), top_tokens(model, tokenizer, vectors.v_r)
     rows = [{"layer": l, "v_norm": float(vectors.v_norm[l]), "a_norm": float(vectors.a_norm[l]),
              "auroc": auroc(vectors.cos_harmful[:, l], vectors.cos_harmless[:, l]),
-             "top_tokens": top_tokens(model, tokenizer, vectors.v_r[l])} for l in range(model.config.L)]
+             "top_tokens": by_layer[l]} for l in range(model.config.L)]
     if args.json:
         print(json.dumps({"segments": words, "layers": rows}, ensure_ascii=False))
         return
     print("segment         tokens its first principal component points to")
-    for name, layers in segments(model.config.L).items():
-        if layers:
-            print(f"{name:7} {show_layers(layers):7} {' '.join(words[name])}")
+    for name, layers in thirds.items():
+        print(f"{name:7} {show_layers(layers):7} {' '.join(words[name])}")
     print("\nlayer  |v_r| before scaling  |a| at p  AUROC of the anchors  v_r points to")
     for row in rows:
         print(f"{row['layer']:5}  {row['v_norm']:20.3f}  {row['a_norm']:8.2f}  {row['auroc']:20.3f}  {' '.join(row['top_tokens'][:6])}")

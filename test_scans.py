@@ -213,6 +213,32 @@ def test_greedy_ids_cached_uncached_and_in_transformers(pair):
     assert cached == theirs[:len(cached)] and len(cached) == 64 or theirs[len(cached)] == 2
 
 
+def test_bfloat16_packed_and_plain(tmp_path, monkeypatch):
+    """A bfloat16 folder in its own dtype, its matrices packed where the CPU has a use for it, comes as near to float32 as transformers' bfloat16."""
+    oracle, ids = save_random(tmp_path, dtype=torch.bfloat16), torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(1))
+    packed, exact = llama.load(tmp_path), llama.load(tmp_path, dtype=torch.float32)
+    monkeypatch.setattr(llama, "PACKS", False)
+    plain = llama.load(tmp_path)
+    assert packed.embed.dtype == plain.embed.dtype == packed.stored == exact.stored == torch.bfloat16 != exact.embed.dtype
+    assert not plain.head.is_mkldnn and packed.size() == plain.size() == exact.size()
+    assert torch.equal(packed.blocks[2].w_down.to_dense(), plain.blocks[2].w_down) and torch.equal(packed.head.to_dense(), plain.head)
+    with torch.inference_mode():
+        for some in (ids, ids[:1, :1]):                                              # many rows at once, and one
+            want = exact.unembed(exact.forward(some)[0])
+            theirs = (oracle.to(torch.bfloat16)(some).logits.float() - want).abs().mean()
+            for model in (packed, plain):
+                assert 0 < (model.unembed(model.forward(some)[0]) - want).abs().mean() < 1.5 * theirs
+
+
+@pytest.mark.parametrize("device, capable, dtype", [("cpu", False, torch.bfloat16), ("cuda", True, torch.bfloat16), ("cuda", False, torch.float16),
+                                                    ("mps", True, torch.bfloat16), ("mps", False, torch.float16)])
+def test_the_dtype_of_devices_without_bfloat16(device, capable, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capable)
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: capable)
+    assert llama.working_dtype(torch.bfloat16, torch.device(device)) == dtype
+    assert llama.working_dtype(torch.float32, torch.device(device)) == torch.float32
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random grouped-query model of 6 layers with a window, in a folder."""

@@ -29,7 +29,6 @@ import statistics
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -881,28 +880,24 @@ def free_bytes(device):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def random_model(shape, device, dtype):
-    """A Llama of that shape with random weights, made where and as they stay. ValueError if it will not fit."""
+def random_model(shape, device, dtype, packed=True):
+    """A Llama of that shape with random weights, made where they stay, packed as `llama.load` does. ValueError if it will not fit."""
     D, L, H, K, width = SHAPES[shape]
     config = llama.Config(D=D, L=L, H=H, K=K, E=D // H, F=width, V=32000, context=4096, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                           window=None, tied=False, eos=())
-    names = llama.checkpoint_names(config)
+    names, tensors = llama.checkpoint_names(config), {}
     need = sum(math.prod(size) for _, _, size in names.values()) * dtype.itemsize
     if need + 2**30 > free_bytes(device):
         raise ValueError(f"--shape {shape}: {need / 1e9:.1f} GB of weights in {str(dtype)[6:]} and 1 GB beside them, "
                          f"{free_bytes(device) / 1e9:.1f} GB are free on {device}")
     noise = (0.02 * torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0))).to(device, dtype)
-    outer, blocks = {}, [SimpleNamespace() for _ in range(L)]
-    for l, field, size in names.values():
+    for name, (_, field, size) in names.items():
         tensor = torch.ones(size, device=device, dtype=dtype)   # as norms are
         if len(size) > 1:
             for piece in tensor.view(-1).split(len(noise)):     # the same noise again and again: quick, and as good here
                 piece.copy_(noise[:len(piece)])
-        if l is None:
-            outer[field] = tensor
-        else:
-            setattr(blocks[l], field, tensor)
-    return llama.Llama(config, outer["embed"], blocks, outer["norm"], outer["head"])
+        tensors[name] = tensor if field == "embed" or not packed else llama.pack(tensor)
+    return llama.assemble(config, tensors)
 
 
 def peak_bytes(device, work):

@@ -3,11 +3,12 @@
     python -m data.versus --shape 1b [--dtype bfloat16] [--pairs 5]           needs transformers
 
 The other side is transformers' generate, one prompt at a time, with forward hooks that add the vectors, and a first pass of its own
-to classify: the way the public code works. Both sides share the very weight tensors, so memory stands once. Every ratio is the median
+to classify: the way the public code works. Both sides share the very weight tensors, but for the matrices that `llama.pack` lays out anew. Every ratio is the median
 over pairs of runs in turn, with the least and the most beside it, so that what else the machine does hits both alike.
 """
 import statistics
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,11 @@ import torch.nn.functional as F
 import llama
 from data.experiments import SHAPES, RandomPrompts, plain, random_model
 from scans import Parser, Sampling, Scans, choose_device, choose_threads, extract, number, run, say, settings
+
+
+def named(model):
+    """{name in a checkpoint: tensor} of a model."""
+    return {name: getattr(model if l is None else model.blocks[l], field) for name, (l, field, _) in llama.checkpoint_names(model.config).items()}
 
 
 def as_transformers(model):
@@ -26,8 +32,7 @@ def as_transformers(model):
                          vocab_size=c.V, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, bos_token_id=1, eos_token_id=None, pad_token_id=0)
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
-    names = llama.checkpoint_names(c)
-    theirs.load_state_dict({name: getattr(model if l is None else model.blocks[l], field) for name, (l, field, _) in names.items()}, assign=True)
+    theirs.load_state_dict(named(model), assign=True)
     theirs.model.rotary_emb = LlamaRotaryEmbedding(config).to(model.embed.device)
     theirs.generation_config.eos_token_id = None
     return theirs.eval()
@@ -69,19 +74,21 @@ def their_extraction(theirs, harmful, harmless):
         theirs(torch.tensor([prompt.ids], device=theirs.device), output_hidden_states=True)
 
 
-def bare_linears(model, new):
-    """Seconds for `new` single rows through every weight matrix and nothing else, in the better of the two settings of oneDNN."""
-    weights = [w for block in model.blocks for w in vars(block).values() if w.dim() == 2] + [model.head]
-    rows = {w.shape[1]: torch.randn(1, w.shape[1], device=w.device, dtype=w.dtype) for w in weights}
+def bare_linears(model, plain, new):
+    """Seconds for `new` single rows through every weight matrix and nothing else, in the best of three ways: packed, and plain with oneDNN and without."""
+    def matrices(model):
+        return [w for block in model.blocks for w in vars(block).values() if w.dim() == 2] + [model.head]
+    rows = {w.shape[1]: torch.randn(1, w.shape[1], device=w.device, dtype=w.dtype) for w in matrices(plain)}
 
-    def once():
+    @torch.inference_mode()
+    def once(multiply, weights):
         for w in weights:
-            F.linear(rows[w.shape[1]], w)
+            multiply(rows[w.shape[1]], w)
     seconds = []
-    for enabled in (True, False):
-        with torch.backends.mkldnn.flags(enabled=enabled), torch.inference_mode():
-            once()
-            seconds.append(timed(lambda: [once() for _ in range(new)]))
+    for multiply, weights, enabled in ((llama.linear, matrices(model), True), (F.linear, matrices(plain), True), (F.linear, matrices(plain), False)):
+        with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=enabled):
+            once(multiply, weights)
+            seconds.append(timed(lambda: [once(multiply, weights) for _ in range(new)]))
     return min(seconds)
 
 
@@ -96,9 +103,10 @@ def timed(work):
 def versus(args):
     """Ratios of seconds, the other side's to ours."""
     device = choose_device(args.device)
-    model = random_model(args.shape, device, getattr(torch, args.dtype))
-    choose_threads(model, args.threads)
-    theirs = as_transformers(model)
+    plain_model = random_model(args.shape, device, getattr(torch, args.dtype), packed=False)
+    choose_threads(plain_model, args.threads)
+    theirs = as_transformers(plain_model)
+    model = llama.assemble(plain_model.config, {name: tensor if "embed" in name else llama.pack(tensor) for name, tensor in named(plain_model).items()})
     draw = RandomPrompts(model.config.V, 24)
     anchors = [draw.prompt("") for _ in range(2 * args.anchors)]
     found = extract(model, anchors[:args.anchors], anchors[args.anchors:])
@@ -113,11 +121,13 @@ def versus(args):
         "SCANS, one answer, 64 + 32, against transformers with hooks": (lambda: short.answer(["x"], False), lambda: their_scans(theirs, prompts.prompt(""), short, 32)),
         "price: plain generation against SCANS, 128 + 64 tokens": (lambda: long.answer(["x"], False), lambda: plain(long)),
         "one answer against both, 128 + 64 tokens": (lambda: long.answer(["x"]), lambda: long.answer(["x"], False)),
-        "decoding of 32 tokens against bare linears": (lambda: plain(short)["decoding"], lambda: bare_linears(model, 32)),
+        "decoding of 32 tokens against bare linears": (lambda: plain(short)["decoding"], lambda: bare_linears(model, plain_model, 32)),
         f"extraction, {args.anchors} + {args.anchors} anchors, against single passes": (lambda: extract(model, anchors[:args.anchors], anchors[args.anchors:]),
                                                          lambda: their_extraction(theirs, anchors[:args.anchors], anchors[args.anchors:])),
-        "ten queries, both answers, 64 + 64: one by one against a batch": (lambda: ours(64, 64).answer(["x"] * 10),
-                                                                  lambda: [ours(64, 64).answer(["x"]) for _ in range(10)]),
+        "50 queries, both answers, 64 + 64, in one batch: against ours one by one": (lambda: ours(64, 64).answer(["x"] * 50), lambda: 25 * timed(
+            lambda: [ours(64, 64).answer(["x"]) for _ in range(2)])),
+        "50 queries, both answers, 64 + 64, in one batch: against transformers": (lambda: ours(64, 64).answer(["x"] * 50), lambda: 25 * timed(
+            lambda: [(their_plain(theirs, ids, 64), their_scans(theirs, prompts.prompt(""), short, 64)) for _ in range(2)])),
     }
     for name, (mine, other) in rows.items():
         if args.only and not any(word in name for word in args.only):
@@ -131,7 +141,7 @@ def versus(args):
                 seconds.append(result[0] if isinstance(result[0], float) else spent)
             pairs.append(seconds)
         ratios = sorted(b / a for a, b in pairs)
-        print(f"{name:68} {statistics.median(a for a, _ in pairs):8.2f} {statistics.median(b for _, b in pairs):8.2f}   "
+        print(f"{name:75} {statistics.median(a for a, _ in pairs):8.2f} {statistics.median(b for _, b in pairs):8.2f}   "
               f"{statistics.median(ratios):6.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]", flush=True)
     tokens = [[int(id) for (_, id, _), in llama.generate(model, [ids[0].tolist()], prefilled(model, ids), None, Sampling(32))],
               their_plain(theirs, ids, 32)[0, 64:].tolist()]
