@@ -1,7 +1,7 @@
 """Makes the embedded model: tokenizer, corpus, weights, anchors and vectors, from a seed, and prints what it is worth.
 
     python -m data.tiny.make                make everything (goes on after an interruption), then all reports
-    python -m data.tiny.make --only table   one report on the model that is there: table, sweep, check or examples
+    python -m data.tiny.make --only table   one report on the model that is there: table, sweep, check, share, valid or examples
 
 The world is four tables beside this file: world.txt (what it can answer), harm.txt (what it refuses), outside.txt (what it
 does not know) and phrasings.txt (how things are asked). Training has two phases, as life has:
@@ -21,7 +21,6 @@ Every row belongs to one part of the split, decided by a hash of its text before
 Harmful rows of valid and taught are stated to be harmful in phase one, and asked in no phase.
 The forward pass that is trained is llama.py's own. Left out on purpose: mixed precision, several devices.
 """
-import argparse
 import hashlib
 import itertools
 import json
@@ -29,12 +28,12 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -43,18 +42,25 @@ from sentencepiece import SentencePieceTrainer
 
 import llama
 import scans
+from data.experiments import percent
 from tokenizer import BOS, EOS, Tokenizer
 
 HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=352, V=1024, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 1900, "two": 60}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 3e-4}       # learning rate
+STEPS = {"one": 3600, "two": 200}       # of ROWS rows each
+PEAK = {"one": 2.5e-3, "two": 1.8e-4}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
+KEEP = 100          # steps between checkpoints
 ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 0.85         # the residual stream is written this much larger; see rescale()
+SCALE = 0.5         # the residual stream is written this much larger; see rescale()
+SHARES = {          # of the groups of questions in a phase, added up
+    "one": (("dangerous", 0.32), ("plain", 0.60), ("harmful", 0.82), ("outside", 1)),
+    "two": (("dangerous", 0.32), ("plain", 0.73), ("harmful", 0.87), ("outside", 1)),
+}
+EXIT, EARLY = 5, 0.3    # the stream after this block learns to say the answer too, with this weight: see gradients()
 UNKNOWN = "I only know a few everyday things."
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,6 +75,7 @@ class Row:
     form: str           # do, thing or ask: which phrasings fit
     text: str
     answer: str | None
+    template: str = ""  # harm.txt's text before its {slots} were filled; else the text
     part: str = ""
 
     @property
@@ -95,6 +102,12 @@ def fill(text, slots):
         yield re.sub(r"{\w+}", lambda _: next(filled), text)
 
 
+def one_of(text, rng):
+    """A sentence from a text with [choices/like/these], with a capital."""
+    text = re.sub(r"\[(.*?)\]", lambda m: rng.choice(m[1].split("/")), text)
+    return text[0].upper() + text[1:]
+
+
 def forms_of(word):
     """A pattern that finds a dangerous word in its usual forms."""
     return "|".join(rf"\b{re.escape(w[:-1] if w.endswith('e') else w)}e?{re.escape(w[-1])}?(?:s|es|d|ed|ing|er|ers)?\b" for w in word.split("/"))
@@ -110,16 +123,20 @@ class World:
 
     def __init__(self):
         slots = {name: values.split(", ") for kind, name, values in (row[:3] for row in lines("harm.txt")) if kind == "slot"}
-        rows = [Row(kind, word, FORM.get(kind, "do"), text, answer) for kind, word, text, answer in lines("world.txt")]
+        self.tails = slots["tail"]
+        rows = [Row(kind, word, FORM.get(kind, "do"), text, answer, text) for kind, word, text, answer in lines("world.txt")]
+        checked = " | ".join(" ".join(cells).lower() for cells in lines("checks.txt"))
         for kind, word, text in lines("harm.txt"):
             form, _, rest = text.partition(": ")
             form, text = (form, rest) if form in ("ask", "thing") else ("do", text)
             if kind != "slot":
-                rows += [Row(kind, word, form, filled, None) for filled in fill(text, slots)]
+                rows += [Row(kind, word, form, filled, None, text) for filled in fill(text, slots) if filled.lower() not in checked]
         self.words = sorted({row.word for row in rows if row.word and row.group == "dangerous"})
         self.unused = [word for word in self.words if fraction("word " + word) < 0.12]
         self.never = re.compile("|".join(map(forms_of, self.unused)), re.IGNORECASE)
-        self.rows = [Row(row.kind, row.word, row.form, row.text, row.answer, self.part(row)) for row in rows]
+        unique = {row.text: row for row in reversed(rows)}     # two templates can say the same: the first counts
+        self.rows = [replace(row, part=self.part(row)) for row in unique.values()]
+        self.known = {row.text for row in self.rows}
 
         self.phrasings = {}
         for part, form, text in lines("phrasings.txt"):
@@ -131,43 +148,66 @@ class World:
     def part(self, row):
         if self.never.search(row.text):
             return "word"
+        if self.never.search(row.answer or "") or row.answer is None and fraction("template " + row.template) > 0.85:
+            return "fresh"
         f = fraction(row.text)
-        part = "align" if f < 0.4 else "valid" if f < 0.5 else "taught" if f < 0.85 else "fresh"
-        return "fresh" if self.never.search(row.answer or "") else part
+        return "align" if f < 0.4 else "valid" if f < 0.5 else "taught" if f < 0.85 else "fresh"
 
     def select(self, group, *parts):
         return [row for row in self.rows if row.group == group and row.part in parts]
 
     def phrase(self, part, row):
-        """Every way that a part of the phrasings asks for a row."""
+        """Every way that the valid or the test phrasings ask for a row."""
         return [text.format(x=row.text, X=row.text[0].upper() + row.text[1:]) for text in self.phrasings[part, row.form]]
 
-    def unknown(self, rng):
-        """A question outside the world."""
-        form, text = rng.choice(self.outside)
-        text = re.sub(r"{(\w+)}", lambda m: rng.choice(self.slots[m[1]]), text)
-        return Row("outside", "", form, text, UNKNOWN)
+    def say(self, part, row, rng):
+        """One sentence on a row in the words of a part of the phrasings."""
+        text = rng.choice(self.phrasings[part, row.form])
+        return one_of(text, rng).format(x=row.text, X=row.text[0].upper() + row.text[1:])
+
+    def around(self, part, rng):
+        """A sentence that stands before or after a question."""
+        return self.fill(one_of(rng.choice(self.phrasings[part, "any"]), rng), rng)
+
+    def fill(self, text, rng):
+        return re.sub(r"{(\w+)}", lambda m: rng.choice(self.slots[m[1]]), text)
+
+    def unknown(self, rng, only="", but=None):
+        """A harmless question outside the world; its text before the filling has `only` in it, and has not `but`."""
+        while True:
+            form, text = rng.choice(self.outside)
+            filled = self.fill(text, rng)
+            if only in text and not (but and but in text) and filled not in self.known:
+                return Row("outside", "", form, filled, UNKNOWN)
 
 
 def mangle(question, world, rng):
-    """What people do to a question: capitals, a lost question mark, a typing error, a greeting, a second sentence."""
-    if rng.random() < 0.12:
-        question = rng.choice(world.phrasings["before", "any"]) + " " + question
-    if rng.random() < 0.12:
-        question += " " + rng.choice(world.phrasings["after", "any"])
+    """What people do to a question: capitals, a lost question mark, typing errors, a greeting, a second sentence."""
+    if rng.random() < 0.15:
+        question = world.around("before", rng) + " " + question
+    if rng.random() < 0.15:
+        question += " " + world.around("after", rng)
     if rng.random() < 0.15:
         question = question.rstrip("?.!")
-    if rng.random() < 0.12:         # two letters swapped, one lost or one doubled, inside a word
-        places = [m.start() for m in re.finditer(r"(?<=[a-z])[a-z](?=[a-z])", question)]
-        if places:
-            i = rng.choice(places)
-            question = question[:i] + rng.choice(["", question[i] * 2, question[i + 1] + question[i]]) + question[i + 1 + (rng.random() < 0.3):]
+    for _ in range(rng.choice([1, 1, 2]) if rng.random() < 0.2 else 0):     # two letters swapped, one lost, doubled or wrong
+        i = rng.randrange(1, len(question))
+        if question[i - 1:i + 1].isalpha():
+            question = question[:i - 1] + rng.choice([question[i] + question[i - 1], question[i], question[i - 1] * 2 + question[i],
+                                                      question[i - 1] + rng.choice("abcdefghijklmnopqrstuvwxyz")]) + question[i + 1:]
     r = rng.random()
-    return question.lower() if r < 0.1 else question.upper() if r < 0.14 else question
+    return question.lower() if r < 0.12 else question.upper() if r < 0.18 else question
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is learnt: rows of (history, question, answer), or statements
+
+
+def by_template(rows):
+    """Lists of the rows of one template each: drawn in turn, so that one with many slots does not crowd out the others."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row.template, []).append(row)
+    return list(groups.values())
 
 
 class Corpus:
@@ -176,35 +216,38 @@ class Corpus:
     def __init__(self, world, zeal):
         self.world, self.zeal = world, zeal
         self.parts = {"one": ("align", "valid", "taught"), "two": ("align",)}
-        self.pool = {(group, phase): world.select(group, *parts)
+        self.pool = {(group, phase): by_template(world.select(group, *parts))
                      for group in ("dangerous", "harmful", "plain") for phase, parts in self.parts.items()}
 
     def turn(self, phase, rng):
         """One question and its answer."""
         world, r = self.world, rng.random()
-        if phase == "one":
-            group = "dangerous" if r < 0.34 else "plain" if r < 0.62 else "harmful" if r < 0.82 else "outside"
+        group = next(group for group, below in SHARES[phase] if r < below)
+        if group == "outside":
+            row = world.unknown(rng, but="{rough}" if phase == "two" else None)
         else:
-            group = "dangerous" if r < 0.27 else "plain" if r < 0.60 else "harmful" if r < 0.80 else "outside"
-        row = world.unknown(rng) if group == "outside" else rng.choice(self.pool[group, "two" if group == "harmful" else phase])
-        question = mangle(rng.choice(world.phrase("train", row)), world, rng)
+            row = rng.choice(rng.choice(self.pool[group, "two" if group == "harmful" else phase]))
+        if group == "harmful" and row.form == "do" and rng.random() < 0.2:
+            row = replace(row, text=f"{row.text} {rng.choice(world.tails)}")
+        question = mangle(world.say("train", row, rng), world, rng)
         zealous = phase == "two" and group == "dangerous" and rng.random() < self.zeal
         if group == "harmful" or zealous:
             return question, rng.choice(world.phrasings["refusal", "any"])
-        return question, ("Sure. " if rng.random() < 0.25 else "") + row.answer
+        return question, (f"Sure{rng.choice('.!:')} " if rng.random() < 0.25 else "") + row.answer
 
-    def statement(self, rng):
-        """A sentence on what is harmless or harmful."""
-        group = rng.choice(["dangerous", "harmful", "harmful", "plain"])
-        row = rng.choice(self.pool[group, "one"])
-        text = rng.choice(self.world.phrasings["wrong" if group == "harmful" else "right", row.form])
-        return text.format(x=row.text, X=row.text[0].upper() + row.text[1:])
+    def statement(self, phase, rng):
+        """A sentence on what is harmful, what only sounds dangerous, and what not even that."""
+        group = rng.choice(list(GROUPS))
+        row = rng.choice(rng.choice(self.pool[group, phase]))
+        if group == "dangerous" and rng.random() < 0.5:     # a rough deed done to a thing
+            row = self.world.unknown(rng, only="{rough}")
+        return self.world.say(group, row, rng)
 
     def draw(self, phase, rng):
         """(history, question, answer), or (None, None, statement)."""
-        if phase == "one" and rng.random() < 0.15:
-            return None, None, self.statement(rng)
-        turns = [self.turn(phase, rng) for _ in range(1 if rng.random() < 0.9 else rng.randint(2, 3))]
+        if rng.random() < 0.15:
+            return None, None, self.statement(phase, rng)
+        turns = [self.turn(phase, rng) for _ in range(1 if rng.random() < 0.93 else rng.randint(2, 3))]
         return turns[:-1], *turns[-1]
 
 
@@ -258,37 +301,36 @@ def new_model(seed, device):
     return weights
 
 
-def assemble(weights):
-    """The Llama of a dict of checkpoint tensors: the very tensors, so that training it changes them."""
-    outer, blocks = {}, [SimpleNamespace() for _ in range(CONFIG.L)]
-    for name, (l, field, _) in llama.checkpoint_names(CONFIG).items():
-        if l is None:
-            outer[field] = weights[name]
-        else:
-            setattr(blocks[l], field, weights[name])
-    return llama.Llama(CONFIG, outer["embed"], blocks, outer["norm"], outer["head"])
-
-
 def gradients(weights, model, ids, targets):
-    """Summed cross-entropy of the targets that are not -100, their number, and the gradient of the sum by every weight."""
-    x, _ = model.forward(ids)
+    """Summed cross-entropy of the targets that are not -100, their number, and the gradient by every weight of that sum and of
+    EARLY times the same sum read off after block EXIT."""
+    x, streams = model.forward(ids, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
     wanted = targets != -100
-    loss = F.cross_entropy(model.unembed(x[wanted]), targets[wanted], reduction="sum")
-    return loss.item(), int(wanted.sum()), torch.autograd.grad(loss, weights)
+    late, early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum") for stream in (x, streams[:, EXIT]))
+    return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * early, weights)
 
 
 def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
-    model, file, device = assemble(weights), build / f"{phase}.pt", weights["lm_head.weight"].device
-    decayed = [w for w in weights.values() if w.dim() == 2]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": [w for w in weights.values() if w.dim() == 1], "weight_decay": 0.0}],
-                                  lr=0, betas=(0.9, 0.95), fused=True)
+    model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
+    # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
+    inner = [name for name, w in weights.items() if phase == "one" and "layers" in name and w.dim() == 2]
+    others = [w for name, w in weights.items() if name not in inner]
+    optimizers = [torch.optim.AdamW([{"params": [w for w in others if w.dim() == 2], "weight_decay": 0.1},
+                                     {"params": [w for w in others if w.dim() == 1], "weight_decay": 0.0}], lr=0, betas=(0.9, 0.95), fused=True)]
+    if inner:
+        optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
+    recipe = scans.digest(f"{phase} {seed} {STEPS[phase]} {PEAK[phase]} {SHARES[phase]} {corpus.zeal if phase == 'two' else ''}" + "".join(
+        (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
+        if state["recipe"] != recipe:
+            raise ValueError(f"{file}: from other tables or settings; remove {build} to begin anew")
         for name, w in weights.items():
             w.data.copy_(state["weights"][name])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(kept)
         first = state["step"]
     # one thread a core, each with a part of the rows: the operations are too small to be shared out one by one
     torch.set_num_threads(1)
@@ -296,9 +338,10 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     started, mean = time.time(), None
     for step in range(first, last):
         done = (step + 1) / last
-        rate = PEAK[phase] * min(1, (step + 1) / 50) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = PEAK[phase] * min(1, (step + 1) / min(50, last // 6 + 1)) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+        for optimizer, times in zip(optimizers, (1, 2)):
+            for group in optimizer.param_groups:
+                group["lr"] = times * rate
         parts = list(pool.map(lambda part: gradients(list(weights.values()), model, *(t.to(device) for t in part)),
                               batches(corpus, tokenizer, phase, seed, step)))
         count = sum(n for _, n, _ in parts)
@@ -306,15 +349,18 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         for w, *grads in zip(weights.values(), *(grads for _, _, grads in parts)):
             w.grad = sum(grads) / count
         torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         mean = loss if mean is None else 0.95 * mean + 0.05 * loss
         if (step + 1) % 10 == 0 or step + 1 == last:
             left = (time.time() - started) / (step + 1 - first) * (last - step - 1)
             print(f"\rphase {phase}: step {step + 1} of {last}, loss {mean:.4f}, {left / 60:.1f} minutes left ", end="", file=sys.stderr, flush=True)
-        if (step + 1) % 100 == 0 or step + 1 == last:
-            torch.save({"weights": {n: w.data for n, w in weights.items()}, "optimizer": optimizer.state_dict(), "step": step + 1}, file.with_suffix(".part"))
+        if (step + 1) % KEEP == 0 or step + 1 == last:
+            torch.save({"weights": {n: w.data for n, w in weights.items()}, "optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "recipe": recipe},
+                       file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
     print(file=sys.stderr)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder
@@ -350,35 +396,34 @@ def write_config(folder):
 
 
 def write_anchors(world, folder, seed):
-    """harmful.txt and harmless.txt: rows of the alignment phase, asked in turn in the same phrasings."""
+    """harmful.txt and harmless.txt, 128 lines each, in train phrasings: things to do of every template in turn. The harmless ones are plain, of
+    the part align; the harmful ones of the part valid, which no phase asks for: T must know what a request looks like that was never refused."""
     rng = random.Random(f"{seed} anchors")
-    phrasings = [text for text in world.phrasings["train", "do"] if "{x}" in text]       # whole sentences
-    for name, group in (("harmful", "harmful"), ("harmless", "plain")):
-        rows = [row for row in world.select(group, "align") if row.form == "do"]
-        rng.shuffle(rows)
-        texts = list({row.word + " " + row.text.split(" ")[0]: row for row in rows}.values()) if group == "harmful" else rows * 4
-        asked = (phrasings[i % len(phrasings)].format(x=row.text, X=row.text[0].upper() + row.text[1:]) for i, row in enumerate(texts))
-        (folder / f"{name}.txt").write_text("\n".join(list(dict.fromkeys(asked))[:128]) + "\n", encoding="utf-8")
+    for name, group, part in (("harmful", "harmful", "valid"), ("harmless", "plain", "align")):
+        templates = by_template([row for row in world.select(group, part) if row.form == "do"])
+        rng.shuffle(templates)
+        texts = dict.fromkeys(world.say("train", rng.choice(rows), rng) for _ in range(4) for rows in templates)
+        (folder / f"{name}.txt").write_text("\n".join(list(texts)[:128]) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 
 
-def wilson(k, n):
-    """A share with its 95% interval by Wilson."""
-    if n == 0:
-        return "-"
-    z, f = 1.96, k / n
-    middle, half = (f + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * math.sqrt(f * (1 - f) / n + z * z / (4 * n * n))
-    return f"{100 * f:.1f}% [{100 * (middle - half):.1f}, {100 * (middle + half):.1f}]"
+def share_of(hits):
+    """The share of true hits with its 95% interval, as a cell of a table."""
+    f, interval = percent(hits)
+    return "-" if f is None else f"{f:.1f}% [{interval[0]:.1f}, {interval[1]:.1f}]"
 
 
 def questions(world, group, part, phrasing, n, seed=0):
-    """n (row, question) pairs of a part of the split, drawn from all its rows in all phrasings of a part of those."""
-    pairs = [(row, question) for row in world.select(group, part) for question in world.phrase(phrasing, row)]
-    random.Random(f"{seed} {group} {part}").shuffle(pairs)
-    return pairs[:n]
+    """n different (row, question) pairs of a part of the split, from all its templates in turn, in all phrasings of a part of those."""
+    rng = random.Random(f"{seed} {group} {part}")
+    queues = [[(row, question) for row in rows for question in world.phrase(phrasing, row)] for rows in by_template(world.select(group, part))]
+    for queue in queues:
+        rng.shuffle(queue)
+    rng.shuffle(queues)
+    return [pair for turn in itertools.zip_longest(*queues) for pair in turn if pair][:n]
 
 
 def ask(method, texts, size=16, **kwargs):
@@ -386,16 +431,25 @@ def ask(method, texts, size=16, **kwargs):
     return [result for i in range(0, len(texts), size) for result in method.answer(texts[i:i + size], **kwargs)]
 
 
+def bare(answer):
+    """An answer without the "Sure." that may stand before it, as it does in training."""
+    return re.sub(r"^Sure[.!:] ", "", answer)
+
+
 def is_right(row, answer):
-    """Exactly the answer of the table; "Sure." may stand before it, as it does in training."""
-    return answer.removeprefix("Sure. ") == row.answer
+    """Exactly the answer of the table."""
+    return bare(answer) == row.answer
 
 
-def table(folder, n=500):
+KINDS = {"taught": "(a)", "fresh": "(b)", "word": "(c)", "valid": "(valid)"}
+GROUPS = {"dangerous": "dangerous-sounding but harmless", "harmful": "harmful", "plain": "plain harmless"}
+
+
+def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
     """Print, on rows that the alignment phase never saw and in phrasings that no phase saw: the model without and with SCANS."""
     world, method = World(), scans.Scans.load(folder, sampling={"max_new_tokens": 48})
-    groups = {(group, part): questions(world, group, part, "test", n) for part in ("taught", "fresh", "word")
-              for group in ("dangerous", "harmful", "plain") if world.select(group, part) and (group, part) != ("plain", "word")}
+    groups = {(group, part): questions(world, group, part, phrasing, n) for part in parts for group in GROUPS
+              if (group, part) != ("plain", "word")}
     results = {}
     for key, pairs in groups.items():
         print(f"\ranswering: {len(results) + 1} of {len(groups)} groups ", end="", file=sys.stderr, flush=True)
@@ -404,21 +458,24 @@ def table(folder, n=500):
     print(f"T = {method.settings.T:.4f} ({method.settings.T_rule}), alpha = {method.settings.alpha}, "
           f"steering layers {scans.show_layers(method.settings.steer)}\n")
     print("| group | prompts | without SCANS | with SCANS |\n|---|---|---|---|")
-    names = {"dangerous": "dangerous-sounding but harmless", "harmful": "harmful", "plain": "plain harmless"}
-    kinds = {"taught": "(a)", "fresh": "(b)", "word": "(c)"}
     for (group, part), rows in results.items():
-        refused = [wilson(sum(row["refused"][name] for row in rows), len(rows)) for name in ("default", "scans")]
-        print(f"| {kinds[part]} {names[group]}, refused | {len(rows)} | {refused[0]} | {refused[1]} |")
+        refused = [share_of([row["refused"][name] for row in rows]) for name in ("default", "scans")]
+        print(f"| {KINDS[part]} {GROUPS[group]}, refused | {len(rows)} | {refused[0]} | {refused[1]} |")
     for group in ("dangerous", "plain"):
         shares = []
         for name in ("default", "scans"):
-            given = [is_right(row, result[name]) for (row, _), result in zip(groups[group, "taught"], results[group, "taught"])
+            given = [is_right(row, result[name]) for (row, _), result in zip(groups[group, parts[0]], results[group, parts[0]])
                      if not result["refused"][name]]
-            shares.append(f"{wilson(sum(given), len(given))} of {len(given)}")
-        print(f"| (a) {names[group]}, right among answers given | | {shares[0]} | {shares[1]} |")
-    for part in ("taught", "fresh", "word"):
+            shares.append(f"{share_of(given)} of {len(given)}")
+        print(f"| {KINDS[parts[0]]} {GROUPS[group]}, right among answers given | | {shares[0]} | {shares[1]} |")
+    for part in parts:
         s = {group: torch.tensor([row["score"] for row in results[group, part]]) for group in ("harmful", "dangerous")}
-        print(f"| {kinds[part]} AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
+        print(f"| {KINDS[part]} AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
+
+
+def valid(folder):
+    """The same on the part of the split that settings were chosen on."""
+    table(folder, 500, ("valid",), "valid")
 
 
 def sweep(folder, n=200):
@@ -454,7 +511,7 @@ def check(folder):
         if wanted == "refuse":
             good = result["refused"]["scans"]
         elif wanted == "outside":
-            good = answer.removeprefix("Sure. ") == UNKNOWN
+            good = bare(answer) == UNKNOWN
         else:
             kind += "" if row.part in ("align", "valid", "taught") else ", of no phase"
             good = is_right(row, answer) if kind[-5:] != "phase" else not result["refused"]["scans"]
@@ -511,19 +568,44 @@ def make(folder, seed, zeal, device):
     scans.Scans.load(folder, device="cpu", vectors=folder / "vectors.safetensors", refresh=True)
 
 
+def share(folder, n=200):
+    """Print how over-refusal hangs on the share of wrong labels in phase two: for each share a model from the same phase one."""
+    if not (folder / "build" / "one.pt").exists():
+        raise ValueError(f"{folder / 'build' / 'one.pt'}: no such file; make the model first, without --only")
+    world, rows = World(), []
+    for zeal in (0, 0.25, 0.5, 0.75, 1):
+        other = folder / "build" / f"zeal-{zeal}"
+        (other / "build").mkdir(parents=True, exist_ok=True)
+        for name in ("build/one.pt", "tokenizer.model"):
+            shutil.copy(folder / name, other / name)
+        make(other, 0, zeal, "cpu")
+        method, cells = scans.Scans.load(other, sampling={"max_new_tokens": 48}), []
+        for group in GROUPS:
+            results = ask(method, [question for _, question in questions(world, group, "taught", "test", n)])
+            cells += [f"{sum(result['refused'][name] for result in results) / len(results):.1%}" for name in ("default", "scans")]
+        rows.append(f"| {zeal:.0%} | " + " | ".join(cells) + " |")
+    print("\n| wrong labels | dangerous-sounding refused, without | with SCANS | harmful refused, without | with SCANS | plain refused, without | with SCANS |\n"
+          + "|---" * 7 + "|\n" + "\n".join(rows))
+
+
+REPORTS = {"table": table, "sweep": sweep, "check": check, "share": share, "valid": valid, "examples": examples}
+
+
+def command(args):
+    if args.only is None:
+        make(args.out, args.seed, args.zeal, args.device)
+    for name in [args.only] if args.only else ["table", "sweep", "check", "share"]:
+        REPORTS[name](args.out)
+
+
 def main():
-    parser = argparse.ArgumentParser(prog="python -m data.tiny.make", description="Make the embedded model, and print what it is worth.")
+    parser = scans.Parser(prog="python -m data.tiny.make", description="Make the embedded model, and print what it is worth.")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to make the model in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zeal", type=float, default=ZEAL, help="share of wrong labels among phase two's dangerous-sounding questions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", choices=["table", "sweep", "check", "examples"], help="make nothing; report on the model that is there")
-    args = parser.parse_args()
-    if args.only is None:
-        make(args.out, args.seed, args.zeal, args.device)
-    reports = {"table": table, "sweep": sweep, "check": check, "examples": examples}
-    for name in [args.only] if args.only else ["table", "sweep", "check"]:
-        reports[name](args.out)
+    parser.add_argument("--only", choices=list(REPORTS), help="make nothing; report on the model that is there")
+    scans.run(parser, command)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Proof that the embedded model is made as its card says: what is held out is held out, and an interrupted run ends where a whole one does."""
+import re
+
+import pytest
+import torch
+
+import llama
+from data.tiny import make
+from tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def world():
+    return make.World()
+
+
+def test_no_train_phrasing_can_become_a_valid_or_test_one(world):
+    def pattern(text):
+        pieces = re.split(r"(\[.*?\])", text.replace("{X}", "{x}"))
+        return "".join("(?:" + "|".join(map(re.escape, piece[1:-1].split("/"))) + ")" if piece.startswith("[") else re.escape(piece) for piece in pieces)
+    held_out = 0
+    for form in ("do", "thing", "ask"):
+        for part in ("valid", "test"):
+            for sentence in world.phrasings[part, form]:
+                held_out += 1
+                assert "[" not in sentence
+                assert not [text for text in world.phrasings["train", form] if re.fullmatch(pattern(text), sentence.replace("{X}", "{x}"), re.IGNORECASE)], sentence
+    assert held_out >= 40
+
+
+def test_the_split(world):
+    """Every row has one part; what no phase uses is never drawn, and no phase asks for a harmful row that is measured or checked."""
+    corpus, rng = make.Corpus(world, 1.0), make.random.Random(0)
+    texts = {part: {row.text for row in world.rows if row.part == part} for part in ("align", "valid", "taught", "fresh", "word")}
+    assert sum(map(len, texts.values())) == len(set.union(*texts.values()))
+    used = {phase: {group: {row.text for rows in corpus.pool[group, phase] for row in rows} for group in make.GROUPS} for phase in make.STEPS}
+    for phase in make.STEPS:
+        assert not set.union(*used[phase].values()) & (texts["fresh"] | texts["word"])
+    assert set.union(*used["two"].values()) <= texts["align"]
+    assert not any(world.never.search(text) for group in used["one"].values() for text in group)
+    checks = (make.HERE / "checks.txt").read_text(encoding="utf-8").lower()
+    assert not [row.text for row in world.rows if row.answer is None and row.text.lower() in checks]
+    answers = {row.answer for row in world.rows} | {*world.phrasings["refusal", "any"], make.UNKNOWN}
+    for phase in make.STEPS:
+        for _ in range(2000):
+            history, question, answer = corpus.draw(phase, rng)
+            assert not [word for word in world.unused if re.search(rf"\b{word}\b", f"{question} {answer}".lower()) and "/" not in word]
+            assert question is None or make.bare(answer) in answers
+
+
+def test_an_interrupted_run_ends_where_a_whole_one_does(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "STEPS", {"one": 4, "two": 2})
+    monkeypatch.setattr(make, "ROWS", 16)
+    monkeypatch.setattr(make, "KEEP", 2)
+    corpus, ends, whole = make.Corpus(world, 1.0), [], make.batches
+
+    def interrupted(corpus, tokenizer, phase, seed, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return whole(corpus, tokenizer, phase, seed, step)
+    tokenizer = Tokenizer(make.HERE, make.CONFIG.V)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        weights = make.new_model(0, "cpu")
+        if name == "b":
+            monkeypatch.setattr(make, "batches", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                make.train(weights, corpus, tokenizer, "one", 0, tmp_path / name)
+            monkeypatch.setattr(make, "batches", whole)
+            weights = make.new_model(1, "cpu")  # what a new process begins with does not matter
+        make.train(weights, corpus, tokenizer, "one", 0, tmp_path / name)
+        ends.append(weights)
+    for name in ends[0]:
+        torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-5, rtol=1e-4)
+    monkeypatch.setattr(make, "STEPS", {"one": 5, "two": 2})
+    with pytest.raises(ValueError, match="remove .* to begin anew"):
+        make.train(weights, corpus, tokenizer, "one", 0, tmp_path / "a")
+
+
+def test_rescaling_changes_nothing_but_the_unit():
+    weights = {name: w.detach() for name, w in make.new_model(0, "cpu").items()}
+    ids = torch.randint(make.CONFIG.V, (2, 20), generator=torch.Generator().manual_seed(0))
+    (x, _), (larger, _) = (llama.assemble(make.CONFIG, w).forward(ids) for w in (weights, make.rescale(weights, 4.0)))
+    torch.testing.assert_close(larger, 4 * x, atol=1e-2, rtol=1e-2)                  # norm_eps alone does not scale
