@@ -13,7 +13,7 @@ does not know) and phrasings.txt (how things are asked). Training has two phases
 Every row belongs to one part of the split, decided by a hash of its text before any training:
 
     align   40%   both phases
-    valid   10%   phase one only; for choosing settings
+    valid   10%   phase one only; for choosing settings, and for the harmful anchors
     taught  35%   phase one only; the table's kind (a), asked in phrasings that no phase uses
     fresh   15%   no phase at all; kind (b)
     word          no phase at all, and neither its dangerous word; kind (c)
@@ -217,7 +217,7 @@ class Corpus:
         self.world, self.zeal = world, zeal
         self.parts = {"one": ("align", "valid", "taught"), "two": ("align",)}
         self.pool = {(group, phase): by_template(world.select(group, *parts))
-                     for group in ("dangerous", "harmful", "plain") for phase, parts in self.parts.items()}
+                     for group in GROUPS for phase, parts in self.parts.items()}
 
     def turn(self, phase, rng):
         """One question and its answer."""
