@@ -116,9 +116,9 @@ SLOW = {dtype for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"),
 PACKS = torch.bfloat16 not in SLOW and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def widen(x):
-    """x in float32 where its own precision is slow, as it is elsewhere."""
-    return x.float() if x.device.type == "cpu" and x.dtype in SLOW else x
+def widen(x, slow=SLOW):
+    """x in float32 where its own precision, one of `slow`, is slow on a CPU; as it is elsewhere."""
+    return x.float() if x.device.type == "cpu" and x.dtype in slow else x
 
 
 def pack(weight):
@@ -172,7 +172,8 @@ def project(block, h, cos, sin, config):
 def attend(block, q, k, v, mask):
     """Attention of q (B, T, H, E) over k and v (B, S, K, E), then the output projection: (B, T, D). mask None: causal, S = T."""
     B, T, H, E = q.shape
-    qkv = [widen(t).transpose(1, 2) for t in (q, k, v)]                                      # heads before positions
+    slow = (torch.bfloat16, torch.float16) if T == 1 else SLOW  # one query a row: torch's half kernels take 5 times the float32 one's time
+    qkv = [widen(t, slow).transpose(1, 2) for t in (q, k, v)]                                # heads before positions
     o = F.scaled_dot_product_attention(*qkv, mask, is_causal=mask is None, enable_gqa=H != k.shape[2])
     return linear(o.to(q.dtype).transpose(1, 2).reshape(B, T, H * E), block.wo)
 
