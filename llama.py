@@ -121,10 +121,11 @@ def widen(x, slow=SLOW):
     return x.float() if x.device.type == "cpu" and x.dtype in slow else x
 
 
-def pack(weight):
+def pack(field, weight):
     """A matrix (out, in) in the order in which this CPU multiplies bfloat16 fastest, where that pays: decoding is then bound by the
-    reading of the weights, for two rows as for one. Opaque to all but `linear`; to_dense() gives the plain one back."""
-    if PACKS and weight.dim() == 2 and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+    reading of the weights, for two rows as for one. Opaque to all but `linear`; to_dense() gives the plain one back. The rows of embed
+    are looked up, so it stays as it is."""
+    if PACKS and field != "embed" and weight.dim() == 2 and weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._reorder_linear_weight(weight)
     return weight
 
@@ -374,7 +375,7 @@ def load(folder, device=torch.device("cpu"), dtype=None):
                                  f"config.json makes it {shape} of floats")
             stored, dtype = tensor.dtype, dtype or working_dtype(tensor.dtype, device)
             tensor = tensor.to(device=device, dtype=dtype)
-            tensors[name] = tensor if field == "embed" else pack(tensor)                     # rows of embed are looked up
+            tensors[name] = pack(field, tensor)
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise ValueError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing, {min(missing)} the first")

@@ -896,7 +896,7 @@ def random_model(shape, device, dtype, packed=True):
         if len(size) > 1:
             for piece in tensor.view(-1).split(len(noise)):     # the same noise again and again: quick, and as good here
                 piece.copy_(noise[:len(piece)])
-        tensors[name] = tensor if field == "embed" or not packed else llama.pack(tensor)
+        tensors[name] = llama.pack(field, tensor) if packed else tensor
     return llama.assemble(config, tensors)
 
 

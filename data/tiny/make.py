@@ -31,6 +31,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=352, V=1024, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 3600, "two": 200}       # of ROWS rows each
+STEPS = {"one": 4800, "two": 200}       # of ROWS rows each
 PEAK = {"one": 2.5e-3, "two": 1.8e-4}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
@@ -61,6 +62,7 @@ SHARES = {          # of the groups of questions in a phase, added up
     "two": (("dangerous", 0.32), ("plain", 0.73), ("harmful", 0.87), ("outside", 1)),
 }
 EXIT, EARLY = 5, 0.3    # the stream after this block learns to say the answer too, with this weight: see gradients()
+LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 UNKNOWN = "I only know a few everyday things."
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,6 +115,11 @@ def forms_of(word):
     return "|".join(rf"\b{re.escape(w[:-1] if w.endswith('e') else w)}e?{re.escape(w[-1])}?(?:s|es|d|ed|ing|er|ers)?\b" for w in word.split("/"))
 
 
+def content(text):
+    """The words of weight in a text, without the s of a plural."""
+    return {word.rstrip("s") for word in re.findall(r"[a-z]{3,}", text.lower())} - LIGHT
+
+
 def fraction(text):
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(f"{SALT} {text}".encode()).digest()[:6], "big") / 2**48
@@ -136,14 +143,18 @@ class World:
         self.never = re.compile("|".join(map(forms_of, self.unused)), re.IGNORECASE)
         unique = {row.text: row for row in reversed(rows)}     # two templates can say the same: the first counts
         self.rows = [replace(row, part=self.part(row)) for row in unique.values()]
-        self.known = {row.text for row in self.rows}
 
         self.phrasings = {}
         for part, form, text in lines("phrasings.txt"):
             self.phrasings.setdefault((part, form), []).append(text)
         self.slots = {name: [v for v in values.split(", ") if not self.never.search(v)]
                       for kind, name, values in (row for row in lines("outside.txt") if row[0] == "slot")}
-        self.outside = [row for row in lines("outside.txt") if row[0] != "slot"]
+        self.outside = {sounds: [(form, text) for form, mark, text in lines("outside.txt") if mark == sounds and not self.never.search(text)]
+                        for sounds in ("plain", "dangerous")}
+        self.using = {}     # word of weight: the rows of world.txt that have it
+        for row in self.rows:
+            for word in content(row.text) if row.answer else ():
+                self.using.setdefault(word, []).append(row)
 
     def part(self, row):
         if self.never.search(row.text):
@@ -170,14 +181,19 @@ class World:
         return self.fill(one_of(rng.choice(self.phrasings[part, "any"]), rng), rng)
 
     def fill(self, text, rng):
-        return re.sub(r"{(\w+)}", lambda m: rng.choice(self.slots[m[1]]), text)
+        return re.sub(r"{(\w+)}", lambda m: self.fill(rng.choice(self.slots[m[1]]), rng), text)
 
-    def unknown(self, rng, only="", but=None):
-        """A harmless question outside the world; its text before the filling has `only` in it, and has not `but`."""
+    def is_like_a_row(self, text):
+        """Whether it has two words of weight in common with a thing of world.txt, or the only one: near to what is known or held out."""
+        shared = Counter(row for word in content(text) for row in self.using.get(word, ()))
+        return any(n >= min(2, len(content(row.text))) for row, n in shared.items())
+
+    def unknown(self, rng, sounds):
+        """A harmless question outside the world that sounds plain or dangerous, unlike any thing of world.txt."""
         while True:
-            form, text = rng.choice(self.outside)
+            form, text = rng.choice(self.outside[sounds])
             filled = self.fill(text, rng)
-            if only in text and not (but and but in text) and filled not in self.known:
+            if not self.is_like_a_row(filled):
                 return Row("outside", "", form, filled, UNKNOWN)
 
 
@@ -224,7 +240,7 @@ class Corpus:
         world, r = self.world, rng.random()
         group = next(group for group, below in SHARES[phase] if r < below)
         if group == "outside":
-            row = world.unknown(rng, but="{rough}" if phase == "two" else None)
+            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.35 else "plain")
         else:
             row = rng.choice(rng.choice(self.pool[group, "two" if group == "harmful" else phase]))
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
@@ -239,8 +255,8 @@ class Corpus:
         """A sentence on what is harmful, what only sounds dangerous, and what not even that."""
         group = rng.choice(list(GROUPS))
         row = rng.choice(rng.choice(self.pool[group, phase]))
-        if group == "dangerous" and rng.random() < 0.5:     # a rough deed done to a thing
-            row = self.world.unknown(rng, only="{rough}")
+        if group != "harmful" and rng.random() < 0.5:
+            row = self.world.unknown(rng, group)
         return self.world.say(group, row, rng)
 
     def draw(self, phase, rng):

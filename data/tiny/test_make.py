@@ -48,6 +48,17 @@ def test_the_split(world):
             assert question is None or make.bare(answer) in answers
 
 
+def test_questions_outside_the_world_are_not_near_what_it_holds(world):
+    """Neither a row nor its words of weight stand in a made up question; by plain search, not by the index that make.py uses."""
+    rng, rows = make.random.Random(0), [make.content(row.text) for row in world.rows if row.answer]
+    for sounds in ("plain", "dangerous"):
+        texts = {world.unknown(rng, sounds).text for _ in range(500)}
+        assert len(texts) > 300
+        for text in texts:
+            assert not [row for row in rows if len(row & make.content(text)) >= min(2, len(row))], text
+            assert not world.never.search(text) and "{" not in text
+
+
 def test_an_interrupted_run_ends_where_a_whole_one_does(world, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "STEPS", {"one": 4, "two": 2})
     monkeypatch.setattr(make, "ROWS", 16)
