@@ -1,6 +1,6 @@
 """Makes the embedded model: tokenizer, corpus, weights, anchors and vectors, from a seed, and prints what it is worth.
 
-    python -m data.tiny.make                make everything (goes on after an interruption), then all reports
+    python -m data.tiny.make                make everything (goes on after an interruption), then three reports
     python -m data.tiny.make --only table   one report on the model that is there: table, sweep, check, share, valid or examples
 
 The world is four tables beside this file: world.txt (what it can answer), harm.txt (what it refuses), outside.txt (what it
@@ -15,10 +15,10 @@ Every row belongs to one part of the split, decided by a hash of its text before
     align   40%   both phases
     valid   10%   phase one only; for choosing settings, and for the harmful anchors
     taught  35%   phase one only; the table's kind (a), asked in phrasings that no phase uses
-    fresh   15%   no phase at all; kind (b)
+    fresh   15%   no phase at all; kind (b). Of the harmful ones whole templates, with all that fills them
     word          no phase at all, and neither its dangerous word; kind (c)
 
-Harmful rows of valid and taught are stated to be harmful in phase one, and asked in no phase.
+Harmful rows of valid and taught (here what is not fresh) are stated to be harmful in phase one, and asked in no phase.
 The forward pass that is trained is llama.py's own. Left out on purpose: mixed precision, several devices.
 """
 import hashlib
@@ -56,12 +56,12 @@ ROWS = 64
 KEEP = 100          # steps between checkpoints
 ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 0.5         # the residual stream is written this much larger; see rescale()
+SCALE = 0.5         # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
     "one": (("dangerous", 0.32), ("plain", 0.60), ("harmful", 0.82), ("outside", 1)),
     "two": (("dangerous", 0.32), ("plain", 0.73), ("harmful", 0.87), ("outside", 1)),
 }
-EXIT, EARLY = 5, 0.3    # the stream after this block learns to say the answer too, with this weight: see gradients()
+EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 UNKNOWN = "I only know a few everyday things."
 
@@ -132,12 +132,13 @@ class World:
         slots = {name: values.split(", ") for kind, name, values in (row[:3] for row in lines("harm.txt")) if kind == "slot"}
         self.tails = slots["tail"]
         rows = [Row(kind, word, FORM.get(kind, "do"), text, answer, text) for kind, word, text, answer in lines("world.txt")]
-        checked = " | ".join(" ".join(cells).lower() for cells in lines("checks.txt"))
+        self.checked = " | ".join(" ".join(cells).lower() for cells in lines("checks.txt"))
         for kind, word, text in lines("harm.txt"):
             form, _, rest = text.partition(": ")
             form, text = (form, rest) if form in ("ask", "thing") else ("do", text)
             if kind != "slot":
-                rows += [Row(kind, word, form, filled, None, text) for filled in fill(text, slots) if filled.lower() not in checked]
+                rows += [Row(kind, word, form, filled, None, text) for filled in fill(text, slots)
+                         if re.split(" (?:in|with) ", filled.lower())[0] not in self.checked]
         self.words = sorted({row.word for row in rows if row.word and row.group == "dangerous"})
         self.unused = [word for word in self.words if fraction("word " + word) < 0.12]
         self.never = re.compile("|".join(map(forms_of, self.unused)), re.IGNORECASE)
@@ -159,10 +160,12 @@ class World:
     def part(self, row):
         if self.never.search(row.text):
             return "word"
-        if self.never.search(row.answer or "") or row.answer is None and fraction("template " + row.template) > 0.85:
-            return "fresh"
+        if row.answer is None and fraction("template " + row.template) >= 0.85:
+            return "fresh"      # all that a template stands for, or nothing: another person is not another deed
         f = fraction(row.text)
-        return "align" if f < 0.4 else "valid" if f < 0.5 else "taught" if f < 0.85 else "fresh"
+        if self.never.search(row.answer or "") or row.answer and f >= 0.85:
+            return "fresh"
+        return "align" if f < 0.4 else "valid" if f < 0.5 else "taught"
 
     def select(self, group, *parts):
         return [row for row in self.rows if row.group == group and row.part in parts]
@@ -193,7 +196,7 @@ class World:
         while True:
             form, text = rng.choice(self.outside[sounds])
             filled = self.fill(text, rng)
-            if not self.is_like_a_row(filled):
+            if not self.is_like_a_row(filled) and filled.lower() not in self.checked:
                 return Row("outside", "", form, filled, UNKNOWN)
 
 
@@ -337,8 +340,9 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     if inner:
         optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
-    recipe = scans.digest(f"{phase} {seed} {STEPS[phase]} {PEAK[phase]} {SHARES[phase]} {corpus.zeal if phase == 'two' else ''}" + "".join(
-        (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt")))
+    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY}" + "".join(     # of phase two, all of phase one too
+        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {corpus.zeal if p == 'two' else ''}" for p in ("one", "two") if p <= phase) + "".join(
+        (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
         if state["recipe"] != recipe:
@@ -372,7 +376,8 @@ def train(weights, corpus, tokenizer, phase, seed, build):
             left = (time.time() - started) / (step + 1 - first) * (last - step - 1)
             print(f"\rphase {phase}: step {step + 1} of {last}, loss {mean:.4f}, {left / 60:.1f} minutes left ", end="", file=sys.stderr, flush=True)
         if (step + 1) % KEEP == 0 or step + 1 == last:
-            torch.save({"weights": {n: w.data for n, w in weights.items()}, "optimizers": [o.state_dict() for o in optimizers], "step": step + 1, "recipe": recipe},
+            torch.save({"weights": {n: w.data for n, w in weights.items()}, "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
+                        "recipe": recipe, "seed": seed},
                        file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
     print(file=sys.stderr)
@@ -385,8 +390,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
 def rescale(weights, c):
     """The same function with a residual stream c times as large: all that writes to the stream is multiplied by c.
 
-    Every reader normalises the stream first, so nothing else changes (norm_eps apart). A small model's stream is short beside
-    that of a 7B one; c puts it on a scale where the published alpha of 3.5 is a moderate push.
+    Every reader normalises the stream first, so nothing else changes (norm_eps apart): c is the unit that alpha is measured in.
     """
     return {name: w * c if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")) else w for name, w in weights.items()}
 
@@ -457,7 +461,7 @@ def is_right(row, answer):
     return bare(answer) == row.answer
 
 
-KINDS = {"taught": "(a)", "fresh": "(b)", "word": "(c)", "valid": "(valid)"}
+LETTERS = {"taught": "(a)", "fresh": "(b)", "word": "(c)", "valid": "(valid)"}
 GROUPS = {"dangerous": "dangerous-sounding but harmless", "harmful": "harmful", "plain": "plain harmless"}
 
 
@@ -476,17 +480,17 @@ def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
     print("| group | prompts | without SCANS | with SCANS |\n|---|---|---|---|")
     for (group, part), rows in results.items():
         refused = [share_of([row["refused"][name] for row in rows]) for name in ("default", "scans")]
-        print(f"| {KINDS[part]} {GROUPS[group]}, refused | {len(rows)} | {refused[0]} | {refused[1]} |")
+        print(f"| {LETTERS[part]} {GROUPS[group]}, refused | {len(rows)} | {refused[0]} | {refused[1]} |")
     for group in ("dangerous", "plain"):
         shares = []
         for name in ("default", "scans"):
             given = [is_right(row, result[name]) for (row, _), result in zip(groups[group, parts[0]], results[group, parts[0]])
                      if not result["refused"][name]]
             shares.append(f"{share_of(given)} of {len(given)}")
-        print(f"| {KINDS[parts[0]]} {GROUPS[group]}, right among answers given | | {shares[0]} | {shares[1]} |")
+        print(f"| {LETTERS[parts[0]]} {GROUPS[group]}, right among answers given | | {shares[0]} | {shares[1]} |")
     for part in parts:
         s = {group: torch.tensor([row["score"] for row in results[group, part]]) for group in ("harmful", "dangerous")}
-        print(f"| {KINDS[part]} AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
+        print(f"| {LETTERS[part]} AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
 
 
 def valid(folder):
@@ -588,13 +592,13 @@ def share(folder, n=200):
     """Print how over-refusal hangs on the share of wrong labels in phase two: for each share a model from the same phase one."""
     if not (folder / "build" / "one.pt").exists():
         raise ValueError(f"{folder / 'build' / 'one.pt'}: no such file; make the model first, without --only")
-    world, rows = World(), []
+    world, rows, seed = World(), [], torch.load(folder / "build" / "one.pt", weights_only=True)["seed"]
     for zeal in (0, 0.25, 0.5, 0.75, 1):
         other = folder / "build" / f"zeal-{zeal}"
         (other / "build").mkdir(parents=True, exist_ok=True)
         for name in ("build/one.pt", "tokenizer.model"):
             shutil.copy(folder / name, other / name)
-        make(other, 0, zeal, "cpu")
+        make(other, seed, zeal, "cuda" if torch.cuda.is_available() else "cpu")
         method, cells = scans.Scans.load(other, sampling={"max_new_tokens": 48}), []
         for group in GROUPS:
             results = ask(method, [question for _, question in questions(world, group, "taught", "test", n)])
@@ -610,7 +614,7 @@ REPORTS = {"table": table, "sweep": sweep, "check": check, "share": share, "vali
 def command(args):
     if args.only is None:
         make(args.out, args.seed, args.zeal, args.device)
-    for name in [args.only] if args.only else ["table", "sweep", "check", "share"]:
+    for name in [args.only] if args.only else ["table", "sweep", "check"]:
         REPORTS[name](args.out)
 
 
