@@ -72,7 +72,8 @@ class Config:
         heads, width = need("num_attention_heads"), need("hidden_size")
         eos = c.get("eos_token_id")
         if (path.parent / "generation_config.json").exists():
-            eos = read_json(path.parent / "generation_config.json").get("eos_token_id", eos)
+            chosen = read_json(path.parent / "generation_config.json").get("eos_token_id")
+            eos = eos if chosen is None else chosen
         try:
             config = cls(
                 D=width, L=need("num_hidden_layers"), H=heads, K=c.get("num_key_value_heads") or heads,
@@ -362,7 +363,7 @@ def load(folder, device=torch.device("cpu"), dtype=None):
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder" if not folder.exists() else f"{folder}: a file, need a model's folder")
     config = Config.from_folder(folder)
-    expected, tensors = checkpoint_names(config), {}
+    expected, tensors, stored = checkpoint_names(config), {}, None
     for path in weight_files(folder):
         for name, tensor in read_tensors(path):
             if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
@@ -373,7 +374,7 @@ def load(folder, device=torch.device("cpu"), dtype=None):
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)} {str(tensor.dtype)[6:]}, "
                                  f"config.json makes it {shape} of floats")
-            stored, dtype = tensor.dtype, dtype or working_dtype(tensor.dtype, device)
+            stored, dtype = stored or tensor.dtype, dtype or working_dtype(tensor.dtype, device)
             tensor = tensor.to(device=device, dtype=dtype)
             tensors[name] = pack(field, tensor)
     missing = [name for name in expected if name not in tensors]
@@ -432,9 +433,9 @@ def generate(model, prompts, cache, steer=None, sampling=Sampling()):
             b = int((~logits.isfinite().all(-1)).nonzero()[0])
             cache.length = cache.length - 1  # once more, to see where it began
             _, streams = model.forward(ids, cache, steer, read=torch.zeros_like(ids))        # (B, L, 1, D)
-            l = int((~streams[b].isfinite().flatten(1).all(-1)).int().argmax())
-            raise ValueError(f"NaN or infinity in the residual stream after layer {l}, "
-                             f"at new token {step} of the answer in row {alive[b]}")
+            bad = (~streams[b].isfinite().flatten(1).all(-1)).nonzero()                      # layers
+            place = f"residual stream after layer {int(bad[0])}" if len(bad) else "logits, not in the residual stream"
+            raise ValueError(f"NaN or infinity in the {place}, at new token {step} of the answer in row {alive[b]}")
         logits = torch.where(seen, torch.where(logits > 0, logits / sampling.repetition_penalty,
                                                logits * sampling.repetition_penalty), logits)
         out, keep = [], []

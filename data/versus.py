@@ -3,8 +3,10 @@
     python -m data.versus --shape 1b [--dtype bfloat16] [--pairs 5]           needs transformers
 
 The other side is transformers' generate, one prompt at a time, with forward hooks that add the vectors, and a first pass of its own
-to classify: the way the public code works. Both sides share the very weight tensors, but for the matrices that `llama.pack` lays out anew. Every ratio is the median
-over pairs of runs in turn, with the least and the most beside it, so that what else the machine does hits both alike.
+to classify, logits of all positions included: the way the public code works. Both sides share the very weight tensors, but for the
+matrices that `llama.pack` lays out anew. Every row names what is measured, then what against; the ratio is the other's seconds to
+the first's, the median over pairs of runs in turn with the least and the most beside it, so that what else the machine does hits
+both alike.
 """
 import statistics
 import time
@@ -115,19 +117,19 @@ def versus(args):
 
     def ours(length, new):
         return Scans(model, RandomPrompts(model.config.V, length), found, settings(found, "llama-2", T=0.5), sampling=Sampling(new))
-    short, long, ids = ours(64, 32), ours(128, 64), torch.tensor([prompts.prompt("").ids[:64]], device=device)
-    say(f"{args.shape} shape, {args.dtype} on {device}, {torch.get_num_threads()} threads; seconds ours, other, median ratio [least, most] of {args.pairs} pairs")
+    short, long, batch, ids = ours(64, 32), ours(128, 64), ours(64, 64), torch.tensor([prompts.prompt("").ids[:64]], device=device)
+    say(f"{args.shape} shape, {args.dtype} on {device}, {torch.get_num_threads()} threads; seconds of the one, of the other, median ratio [least, most] of {args.pairs} pairs")
     rows = {
         "plain generation, 64 + 32 tokens, against transformers": (lambda: plain(short), lambda: their_plain(theirs, ids, 32)),
         "SCANS, one answer, 64 + 32, against transformers with hooks": (lambda: short.answer(["x"], False), lambda: their_scans(theirs, prompts.prompt(""), short, 32)),
-        "price: plain generation against SCANS, 128 + 64 tokens": (lambda: long.answer(["x"], False), lambda: plain(long)),
-        "one answer against both, 128 + 64 tokens": (lambda: long.answer(["x"]), lambda: long.answer(["x"], False)),
+        "SCANS, one answer, 128 + 64, against plain generation": (lambda: long.answer(["x"], False), lambda: plain(long)),
+        "both answers, 128 + 64, against one": (lambda: long.answer(["x"]), lambda: long.answer(["x"], False)),
         "decoding of 32 tokens against bare linears": (lambda: plain(short)["decoding"], lambda: bare_linears(model, plain_model, 32)),
         f"extraction, {args.anchors} + {args.anchors} anchors, against single passes": (lambda: extract(model, anchors[:args.anchors], anchors[args.anchors:]),
                                                          lambda: their_extraction(theirs, anchors[:args.anchors], anchors[args.anchors:])),
-        "50 queries, both answers, 64 + 64, in one batch: against ours one by one": (lambda: ours(64, 64).answer(["x"] * 50), lambda: 25 * timed(
-            lambda: [ours(64, 64).answer(["x"]) for _ in range(2)])),
-        "50 queries, both answers, 64 + 64, in one batch: against transformers": (lambda: ours(64, 64).answer(["x"] * 50), lambda: 25 * timed(
+        "50 queries, both answers, 64 + 64, in one batch, against 25 times 2 of ours": (lambda: batch.answer(["x"] * 50), lambda: 25 * timed(
+            lambda: [batch.answer(["x"]) for _ in range(2)])),
+        "50 queries, both answers, 64 + 64, in one batch, against 25 times 2 of theirs": (lambda: batch.answer(["x"] * 50), lambda: 25 * timed(
             lambda: [(their_plain(theirs, ids, 64), their_scans(theirs, prompts.prompt(""), short, 64)) for _ in range(2)])),
     }
     for name, (mine, other) in rows.items():
@@ -142,9 +144,9 @@ def versus(args):
                 seconds.append(result[0] if isinstance(result[0], float) else spent)
             pairs.append(seconds)
         ratios = sorted(b / a for a, b in pairs)
-        print(f"{name:75} {statistics.median(a for a, _ in pairs):8.2f} {statistics.median(b for _, b in pairs):8.2f}   "
+        print(f"{name:78} {statistics.median(a for a, _ in pairs):8.2f} {statistics.median(b for _, b in pairs):8.2f}   "
               f"{statistics.median(ratios):6.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]", flush=True)
-    tokens = [[int(id) for (_, id, _), in llama.generate(model, [ids[0].tolist()], prefilled(model, ids), None, Sampling(32))],
+    tokens = [[id for (_, id, _), in llama.generate(model, [ids[0].tolist()], prefilled(model, ids), None, Sampling(32))],
               their_plain(theirs, ids, 32)[0, 64:].tolist()]
     same = next((i for i, (a, b) in enumerate(zip(*tokens)) if a != b), 32)
     print(f"greedy ids, {args.dtype}: {'all 32 equal' if same == 32 else f'the first {same} of 32 equal'}")
