@@ -51,16 +51,18 @@ HERE = Path(__file__).resolve().parent
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=352, V=1024, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
 STEPS = {"one": 4800, "two": 200}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 1.8e-4}   # learning rate of AdamW; Muon has twice that
+PEAK = {"one": 2.5e-3, "two": 2.2e-4}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
 ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 0.5         # the residual stream is written in this unit; see rescale()
+SCALE = 0.45        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
     "one": (("dangerous", 0.32), ("plain", 0.60), ("harmful", 0.82), ("outside", 1)),
-    "two": (("dangerous", 0.32), ("plain", 0.73), ("harmful", 0.87), ("outside", 1)),
+    "two": (("dangerous", 0.32), ("plain", 0.85), ("harmful", 0.98), ("outside", 1)),
 }
+STATEMENTS = {"one": 0.15, "two": 0.2}      # share of the rows that are statements
+UPWARDS = 4     # phase two trains the blocks from this one on, the last norm and the head: what harm is stays as phase one has learnt it
 EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 UNKNOWN = "I only know a few everyday things."
@@ -264,7 +266,7 @@ class Corpus:
 
     def draw(self, phase, rng):
         """(history, question, answer), or (None, None, statement)."""
-        if rng.random() < 0.15:
+        if rng.random() < STATEMENTS[phase]:
             return None, None, self.statement(phase, rng)
         turns = [self.turn(phase, rng) for _ in range(1 if rng.random() < 0.93 else rng.randint(2, 3))]
         return turns[:-1], *turns[-1]
@@ -332,16 +334,18 @@ def gradients(weights, model, ids, targets):
 def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
     model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
+    trained = {name: weights[name] for name, (l, field, _) in llama.checkpoint_names(CONFIG).items()
+               if phase == "one" or (field in ("norm", "head") if l is None else l >= UPWARDS)}
     # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
-    inner = [name for name, w in weights.items() if phase == "one" and "layers" in name and w.dim() == 2]
-    others = [w for name, w in weights.items() if name not in inner]
+    inner = [name for name, w in trained.items() if phase == "one" and "layers" in name and w.dim() == 2]
+    others = [w for name, w in trained.items() if name not in inner]
     optimizers = [torch.optim.AdamW([{"params": [w for w in others if w.dim() == 2], "weight_decay": 0.1},
                                      {"params": [w for w in others if w.dim() == 1], "weight_decay": 0.0}], lr=0, betas=(0.9, 0.95), fused=True)]
     if inner:
         optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
     recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY}" + "".join(     # of phase two, all of phase one too
-        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {corpus.zeal if p == 'two' else ''}" for p in ("one", "two") if p <= phase) + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, corpus.zeal) if p == 'two' else ''}" for p in ("one", "two") if p <= phase) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -362,13 +366,13 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         for optimizer, times in zip(optimizers, (1, 2)):
             for group in optimizer.param_groups:
                 group["lr"] = times * rate
-        parts = list(pool.map(lambda part: gradients(list(weights.values()), model, *(t.to(device) for t in part)),
+        parts = list(pool.map(lambda part: gradients(list(trained.values()), model, *(t.to(device) for t in part)),
                               batches(corpus, tokenizer, phase, seed, step)))
         count = sum(n for _, n, _ in parts)
         loss = sum(part for part, _, _ in parts) / count
-        for w, *grads in zip(weights.values(), *(grads for _, _, grads in parts)):
+        for w, *grads in zip(trained.values(), *(grads for _, _, grads in parts)):
             w.grad = sum(grads) / count
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         mean = loss if mean is None else 0.95 * mean + 0.05 * loss
@@ -377,7 +381,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
             print(f"\rphase {phase}: step {step + 1} of {last}, loss {mean:.4f}, {left / 60:.1f} minutes left ", end="", file=sys.stderr, flush=True)
         if (step + 1) % KEEP == 0 or step + 1 == last:
             torch.save({"weights": {n: w.data for n, w in weights.items()}, "optimizers": [o.state_dict() for o in optimizers], "step": step + 1,
-                        "recipe": recipe, "seed": seed},
+                        "recipe": recipe, "seed": seed, "zeal": corpus.zeal},
                        file.with_suffix(".part"))
             file.with_suffix(".part").replace(file)
     print(file=sys.stderr)
@@ -416,11 +420,12 @@ def write_config(folder):
 
 
 def write_anchors(world, folder, seed):
-    """harmful.txt and harmless.txt, 128 lines each, in train phrasings: things to do of every template in turn. The harmless ones are plain, of
-    the part align; the harmful ones of the part valid, which no phase asks for: T must know what a request looks like that was never refused."""
+    """harmful.txt and harmless.txt, 128 lines each, in train phrasings, of every template in turn. The harmless ones are plain, of the part
+    align; the harmful ones of the part valid, which no phase asks for: T must know what a request looks like that was never refused.
+    All forms are there, questions too: with things to do alone T came out higher, and hung more on the draw."""
     rng = random.Random(f"{seed} anchors")
     for name, group, part in (("harmful", "harmful", "valid"), ("harmless", "plain", "align")):
-        templates = by_template([row for row in world.select(group, part) if row.form == "do"])
+        templates = by_template(world.select(group, part))
         rng.shuffle(templates)
         texts = dict.fromkeys(world.say("train", rng.choice(rows), rng) for _ in range(4) for rows in templates)
         (folder / f"{name}.txt").write_text("\n".join(list(texts)[:128]) + "\n", encoding="utf-8")
@@ -590,15 +595,17 @@ def make(folder, seed, zeal, device):
 
 def share(folder, n=200):
     """Print how over-refusal hangs on the share of wrong labels in phase two: for each share a model from the same phase one."""
-    if not (folder / "build" / "one.pt").exists():
-        raise ValueError(f"{folder / 'build' / 'one.pt'}: no such file; make the model first, without --only")
-    world, rows, seed = World(), [], torch.load(folder / "build" / "one.pt", weights_only=True)["seed"]
+    if not (folder / "build" / "two.pt").exists():
+        raise ValueError(f"{folder / 'build' / 'two.pt'}: no such file; make the model first, without --only")
+    world, rows, made = World(), [], torch.load(folder / "build" / "two.pt", weights_only=True)
     for zeal in (0, 0.25, 0.5, 0.75, 1):
-        other = folder / "build" / f"zeal-{zeal}"
-        (other / "build").mkdir(parents=True, exist_ok=True)
-        for name in ("build/one.pt", "tokenizer.model"):
-            shutil.copy(folder / name, other / name)
-        make(other, seed, zeal, "cuda" if torch.cuda.is_available() else "cpu")
+        other = folder
+        if zeal != made["zeal"]:
+            other = folder / "build" / f"zeal-{zeal}"
+            (other / "build").mkdir(parents=True, exist_ok=True)
+            for name in ("build/one.pt", "tokenizer.model"):
+                shutil.copy(folder / name, other / name)
+            make(other, made["seed"], zeal, "cuda" if torch.cuda.is_available() else "cpu")
         method, cells = scans.Scans.load(other, sampling={"max_new_tokens": 48}), []
         for group in GROUPS:
             results = ask(method, [question for _, question in questions(world, group, "taught", "test", n)])
