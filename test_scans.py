@@ -237,6 +237,10 @@ def test_the_dtype_of_devices_without_bfloat16(device, capable, dtype, monkeypat
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: capable)
     assert llama.working_dtype(torch.bfloat16, torch.device(device)) == dtype
     assert llama.working_dtype(torch.float32, torch.device(device)) == torch.float32
+    for slow, packs, working in ((True, True, torch.bfloat16), (True, False, torch.float16), (False, True, torch.float16)):
+        monkeypatch.setattr(llama, "SLOW", {torch.float16} if slow else set())
+        monkeypatch.setattr(llama, "PACKS", packs)
+        assert llama.working_dtype(torch.float16, torch.device(device)) == (working if device == "cpu" else torch.float16)
 
 
 @pytest.fixture(scope="module")
