@@ -108,8 +108,9 @@ def versus(args):
     plain_model = random_model(args.shape, device, getattr(torch, args.dtype), packed=False)
     choose_threads(plain_model, args.threads)
     theirs = as_transformers(plain_model)
-    fields = {name: field for name, (_, field, _) in llama.checkpoint_names(plain_model.config).items()}
-    model = llama.assemble(plain_model.config, {name: llama.pack(fields[name], tensor) for name, tensor in named(plain_model).items()})
+    tensors = named(plain_model)
+    model = llama.assemble(plain_model.config, {name: llama.pack(field, tensors[name])
+                                                for name, (_, field, _) in llama.checkpoint_names(plain_model.config).items()})
     draw = RandomPrompts(model.config.V, 24)
     anchors = [draw.prompt("") for _ in range(2 * args.anchors)]
     found = extract(model, anchors[:args.anchors], anchors[args.anchors:])

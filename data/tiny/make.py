@@ -31,7 +31,6 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +64,7 @@ STATEMENTS = {"one": 0.15, "two": 0.2}      # share of the rows that are stateme
 UPWARDS = 4     # phase two trains the blocks from this one on, the last norm and the head: what harm is stays as phase one has learnt it
 EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNKNOWN = "I only know a few everyday things."
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,6 +96,12 @@ def lines(name):
     for line in (HERE / name).read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             yield [cell.strip() for cell in line.split("|")]
+
+
+def slots_and_rows(name):
+    """A table that has slots: ({name of a slot: its entries}, the other rows)."""
+    rows = list(lines(name))
+    return {row[1]: row[2].split(", ") for row in rows if row[0] == "slot"}, [row for row in rows if row[0] != "slot"]
 
 
 def fill(text, slots):
@@ -131,16 +137,15 @@ class World:
     """All tables, read and split."""
 
     def __init__(self):
-        slots = {name: values.split(", ") for kind, name, values in (row[:3] for row in lines("harm.txt")) if kind == "slot"}
+        slots, requests = slots_and_rows("harm.txt")
         self.tails = slots["tail"]
         rows = [Row(kind, word, FORM.get(kind, "do"), text, answer, text) for kind, word, text, answer in lines("world.txt")]
         self.checked = " | ".join(" ".join(cells).lower() for cells in lines("checks.txt"))
-        for kind, word, text in lines("harm.txt"):
+        for kind, word, text in requests:
             form, _, rest = text.partition(": ")
             form, text = (form, rest) if form in ("ask", "thing") else ("do", text)
-            if kind != "slot":
-                rows += [Row(kind, word, form, filled, None, text) for filled in fill(text, slots)
-                         if re.split(" (?:in|with) ", filled.lower())[0] not in self.checked]
+            rows += [Row(kind, word, form, filled, None, text) for filled in fill(text, slots)
+                     if re.split(" (?:in|with) ", filled.lower())[0] not in self.checked]
         self.words = sorted({row.word for row in rows if row.word and row.group == "dangerous"})
         self.unused = [word for word in self.words if fraction("word " + word) < 0.12]
         self.never = re.compile("|".join(map(forms_of, self.unused)), re.IGNORECASE)
@@ -150,23 +155,22 @@ class World:
         self.phrasings = {}
         for part, form, text in lines("phrasings.txt"):
             self.phrasings.setdefault((part, form), []).append(text)
-        self.slots = {name: [v for v in values.split(", ") if not self.never.search(v)]
-                      for kind, name, values in (row for row in lines("outside.txt") if row[0] == "slot")}
-        self.outside = {sounds: [(form, text) for form, mark, text in lines("outside.txt") if mark == sounds and not self.never.search(text)]
+        slots, questions = slots_and_rows("outside.txt")
+        self.slots = {name: [value for value in values if not self.never.search(value)] for name, values in slots.items()}
+        self.outside = {sounds: [(form, text) for form, mark, text in questions if mark == sounds and not self.never.search(text)]
                         for sounds in ("plain", "dangerous")}
-        self.using = {}     # word of weight: the rows of world.txt that have it
-        for row in self.rows:
-            for word in content(row.text) if row.answer else ():
-                self.using.setdefault(word, []).append(row)
+        self.using = {}     # word of weight: those of every row of world.txt that has it
+        for words in (content(row.text) for row in self.rows if row.answer):
+            for word in words:
+                self.using.setdefault(word, []).append(words)
 
     def part(self, row):
         if self.never.search(row.text):
             return "word"
-        if row.answer is None and fraction("template " + row.template) >= 0.85:
-            return "fresh"      # all that a template stands for, or nothing: another person is not another deed
-        f = fraction(row.text)
-        if self.never.search(row.answer or "") or row.answer and f >= 0.85:
+        # harmful: all that a template stands for, or nothing, as another person is not another deed
+        if self.never.search(row.answer or "") or fraction(row.text if row.answer else "template " + row.template) >= 0.85:
             return "fresh"
+        f = fraction(row.text)
         return "align" if f < 0.4 else "valid" if f < 0.5 else "taught"
 
     def select(self, group, *parts):
@@ -190,8 +194,8 @@ class World:
 
     def is_like_a_row(self, text):
         """Whether it has two words of weight in common with a thing of world.txt, or the only one: near to what is known or held out."""
-        shared = Counter(row for word in content(text) for row in self.using.get(word, ()))
-        return any(n >= min(2, len(content(row.text))) for row, n in shared.items())
+        words = content(text)
+        return any(len(words & row) >= min(2, len(row)) for word in words for row in self.using.get(word, ()))
 
     def unknown(self, rng, sounds):
         """A harmless question outside the world that sounds plain or dangerous, unlike any thing of world.txt."""
@@ -605,7 +609,7 @@ def share(folder, n=200):
             (other / "build").mkdir(parents=True, exist_ok=True)
             for name in ("build/one.pt", "tokenizer.model"):
                 shutil.copy(folder / name, other / name)
-            make(other, made["seed"], zeal, "cuda" if torch.cuda.is_available() else "cpu")
+            make(other, made["seed"], zeal, DEVICE)
         method, cells = scans.Scans.load(other, sampling={"max_new_tokens": 48}), []
         for group in GROUPS:
             results = ask(method, [question for _, question in questions(world, group, "taught", "test", n)])
@@ -630,7 +634,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="folder to make the model in")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zeal", type=float, default=ZEAL, help="share of wrong labels among phase two's dangerous-sounding questions")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--only", choices=list(REPORTS), help="make nothing; report on the model that is there")
     scans.run(parser, command)
 

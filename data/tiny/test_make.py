@@ -19,13 +19,12 @@ def test_no_train_phrasing_can_become_a_valid_or_test_one(world):
     def pattern(text):
         pieces = re.split(r"(\[.*?\])", text.replace("{X}", "{x}"))
         return "".join("(?:" + "|".join(map(re.escape, piece[1:-1].split("/"))) + ")" if piece.startswith("[") else re.escape(piece) for piece in pieces)
-    held_out = 0
+    held_out, around = 0, [f"(?:{'|'.join(pattern(text) for text in world.phrasings[place, 'any'])})" for place in ("before", "after")]
     for form in ("do", "thing", "ask"):
         for part in ("valid", "test"):
             for sentence in world.phrasings[part, form]:
                 held_out += 1
                 assert "[" not in sentence
-                around = [f"(?:{'|'.join(pattern(text) for text in world.phrasings[place, 'any'])})" for place in ("before", "after")]
                 assert not [text for text in world.phrasings["train", form] if re.fullmatch(
                     f"(?:{around[0]} )?{pattern(text)}(?: {around[1]})?", sentence.replace("{X}", "{x}"), re.IGNORECASE)], sentence
     assert held_out >= 40
