@@ -104,7 +104,7 @@ def slots_and_rows(name):
     return {row[1]: row[2].split(", ") for row in rows if row[0] == "slot"}, [row for row in rows if row[0] != "slot"]
 
 
-def fill(text, slots):
+def fillings(text, slots):
     """Every sentence that a text with {slots} stands for."""
     names = re.findall(r"{(\w+)}", text)
     for values in itertools.product(*(slots[name] for name in names)):
@@ -144,7 +144,7 @@ class World:
         for kind, word, text in requests:
             form, _, rest = text.partition(": ")
             form, text = (form, rest) if form in ("ask", "thing") else ("do", text)
-            rows += [Row(kind, word, form, filled, None, text) for filled in fill(text, slots)
+            rows += [Row(kind, word, form, filled, None, text) for filled in fillings(text, slots)
                      if re.split(" (?:in|with) ", filled.lower())[0] not in self.checked]
         self.words = sorted({row.word for row in rows if row.word and row.group == "dangerous"})
         self.unused = [word for word in self.words if fraction("word " + word) < 0.12]
@@ -348,8 +348,9 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     if inner:
         optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
-    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY}" + "".join(     # of phase two, all of phase one too
-        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, corpus.zeal) if p == 'two' else ''}" for p in ("one", "two") if p <= phase) + "".join(
+    phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
+    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY}" + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -599,9 +600,12 @@ def make(folder, seed, zeal, device):
 
 def share(folder, n=200):
     """Print how over-refusal hangs on the share of wrong labels in phase two: for each share a model from the same phase one."""
-    if not (folder / "build" / "two.pt").exists():
-        raise ValueError(f"{folder / 'build' / 'two.pt'}: no such file; make the model first, without --only")
-    world, rows, made = World(), [], torch.load(folder / "build" / "two.pt", weights_only=True)
+    file = folder / "build" / "two.pt"
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; make the model first, without --only")
+    world, rows, made = World(), [], torch.load(file, weights_only=True)
+    if made["step"] < STEPS["two"]:
+        raise ValueError(f"{file}: {made['step']} of {STEPS['two']} steps; make the model to its end first, without --only")
     for zeal in (0, 0.25, 0.5, 0.75, 1):
         other = folder
         if zeal != made["zeal"]:
