@@ -581,6 +581,7 @@ def examples(folder, n=10):
 
 def make(folder, seed, zeal, device):
     """Everything, into folder; what is half done lies in folder/build and is gone on from."""
+    device = scans.choose_device(device)    # before anything is written
     build = folder / "build"
     build.mkdir(parents=True, exist_ok=True)
     world = World()

@@ -103,3 +103,15 @@ def test_rescaling_changes_nothing_but_the_unit():
     ids = torch.randint(make.CONFIG.V, (2, 20), generator=torch.Generator().manual_seed(0))
     (x, _), (larger, _) = (llama.assemble(make.CONFIG, w).forward(ids) for w in (weights, make.rescale(weights, 4.0)))
     torch.testing.assert_close(larger, 4 * x, atol=1e-2, rtol=1e-2)                  # norm_eps alone does not scale
+
+
+def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="device nonsense: not to be had here"):
+        make.make(tmp_path / "new", 0, 1.0, "nonsense")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="two.pt: no such file"):
+        make.share(tmp_path)
+    (tmp_path / "build").mkdir()
+    torch.save({"step": 100, "seed": 0, "zeal": 1.0}, tmp_path / "build" / "two.pt")
+    with pytest.raises(ValueError, match=f"two.pt: 100 of {make.STEPS['two']} steps"):
+        make.share(tmp_path)
