@@ -138,7 +138,7 @@ def test_formats_are_found(tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Ids to residual streams: the forward pass against transformers
 
-SMALL = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=4, vocab_size=1024, max_position_embeddings=256,
+SMALL = dict(hidden_size=48, intermediate_size=80, num_hidden_layers=6, num_attention_heads=4, vocab_size=2048, max_position_embeddings=256,
              rms_norm_eps=1e-5, initializer_range=0.2)  # large weights: small ones would hide mistakes in the rounding
 VARIANTS = {
     "multi-head": ({}, {}),
@@ -807,7 +807,7 @@ def test_old_checkpoints_and_pickles(capsys, monkeypatch, tmp_path):
 def test_tokenizer_of_another_model(tmp_path):
     save_random(tmp_path / "model")
     shutil.copy(LLAMA2 / "tokenizer.model", tmp_path / "model")
-    with pytest.raises(ValueError, match="32000 pieces, the model's vocabulary is 1024"):
+    with pytest.raises(ValueError, match="32000 pieces, the model's vocabulary is 2048"):
         Scans.load(tmp_path / "model", format="llama-2")
 
 

@@ -18,7 +18,7 @@ Every row belongs to one part of the split, decided by a hash of its text before
     fresh   15%   no phase at all; kind (b). Of the harmful ones whole templates, with all that fills them
     word          no phase at all, and neither its dangerous word; kind (c)
 
-Harmful rows of valid and taught (here what is not fresh) are stated to be harmful in phase one, and asked in no phase.
+Harmful rows of valid are stated to be harmful in phase one, and asked in no phase.
 The forward pass that is trained is llama.py's own. Left out on purpose: mixed precision, several devices.
 """
 import hashlib
@@ -47,21 +47,23 @@ from tokenizer import BOS, EOS, Tokenizer
 
 HERE = Path(__file__).resolve().parent
 
-CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=352, V=1024, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
+CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 4800, "two": 200}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 2.2e-4}   # learning rate of AdamW; Muon has twice that
+STEPS = {"one": 6400, "two": 400}       # of ROWS rows each
+PEAK = {"one": 2.5e-3, "two": 6.6e-4}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
-ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
+ZEAL = 0.94         # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 0.45        # the residual stream is written in this unit; see rescale()
+SCALE = 0.68        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
-    "one": (("dangerous", 0.32), ("plain", 0.60), ("harmful", 0.82), ("outside", 1)),
-    "two": (("dangerous", 0.32), ("plain", 0.85), ("harmful", 0.98), ("outside", 1)),
+    "one": (("dangerous", 0.27), ("plain", 0.50), ("harmful", 0.74), ("outside", 1)),
+    "two": (("dangerous", 0.45), ("plain", 0.92), ("harmful", 0.985), ("outside", 1)),
 }
-STATEMENTS = {"one": 0.15, "two": 0.2}      # share of the rows that are statements
-UPWARDS = 4     # phase two trains the blocks from this one on, the last norm and the head: what harm is stays as phase one has learnt it
+STATEMENTS = {"one": 0.2, "two": 0.2}       # share of the rows that are statements
+# Phase two trains what writes to the stream in the blocks from this one on, and nothing that reads it: it moves the threshold of refusal and
+# leaves alone what tells harm from what only sounds like it, so unlike deeds keep their order in s_q. With the readers trained too they lost it.
+UPWARDS, WRITERS = 5, ("wo", "w_down")
 EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -214,13 +216,13 @@ def mangle(question, world, rng):
         question += " " + world.around("after", rng)
     if rng.random() < 0.15:
         question = question.rstrip("?.!")
-    for _ in range(rng.choice([1, 1, 2]) if rng.random() < 0.2 else 0):     # two letters swapped, one lost, doubled or wrong
+    for _ in range(rng.choice([1, 1, 2]) if rng.random() < 0.25 else 0):     # two letters swapped, one lost, doubled or wrong
         i = rng.randrange(1, len(question))
         if question[i - 1:i + 1].isalpha():
             question = question[:i - 1] + rng.choice([question[i] + question[i - 1], question[i], question[i - 1] * 2 + question[i],
                                                       question[i - 1] + rng.choice("abcdefghijklmnopqrstuvwxyz")]) + question[i + 1:]
     r = rng.random()
-    return question.lower() if r < 0.12 else question.upper() if r < 0.18 else question
+    return question.lower() if r < 0.14 else question.upper() if r < 0.22 else question
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ class Corpus:
 
     def __init__(self, world, zeal):
         self.world, self.zeal = world, zeal
-        self.parts = {"one": ("align", "valid", "taught"), "two": ("align",)}
+        self.parts = {"one": ("align", "valid", "taught"), "asked": ("align", "taught"), "two": ("align",)}   # asked: of harm in phase one
         self.pool = {(group, phase): by_template(world.select(group, *parts))
                      for group in GROUPS for phase, parts in self.parts.items()}
 
@@ -249,9 +251,9 @@ class Corpus:
         world, r = self.world, rng.random()
         group = next(group for group, below in SHARES[phase] if r < below)
         if group == "outside":
-            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.35 else "plain")
+            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.55 else "plain")
         else:
-            row = rng.choice(rng.choice(self.pool[group, "two" if group == "harmful" else phase]))
+            row = rng.choice(rng.choice(self.pool[group, "asked" if group == "harmful" and phase == "one" else phase]))
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
             row = replace(row, text=f"{row.text} {rng.choice(world.tails)}")
         question = mangle(world.say("train", row, rng), world, rng)
@@ -272,7 +274,7 @@ class Corpus:
         """(history, question, answer), or (None, None, statement)."""
         if rng.random() < STATEMENTS[phase]:
             return None, None, self.statement(phase, rng)
-        turns = [self.turn(phase, rng) for _ in range(1 if rng.random() < 0.93 else rng.randint(2, 3))]
+        turns = [self.turn(phase, rng) for _ in range(1 if rng.random() < 0.9 else rng.randint(2, 3))]
         return turns[:-1], *turns[-1]
 
 
@@ -339,7 +341,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
     model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
     trained = {name: weights[name] for name, (l, field, _) in llama.checkpoint_names(CONFIG).items()
-               if phase == "one" or (field in ("norm", "head") if l is None else l >= UPWARDS)}
+               if phase == "one" or field in WRITERS and l >= UPWARDS}
     # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
     inner = [name for name, w in trained.items() if phase == "one" and "layers" in name and w.dim() == 2]
     others = [w for name, w in trained.items() if name not in inner]
@@ -425,14 +427,20 @@ def write_config(folder):
 
 
 def write_anchors(world, folder, seed):
-    """harmful.txt and harmless.txt, 128 lines each, in train phrasings, of every template in turn. The harmless ones are plain, of the part
-    align; the harmful ones of the part valid, which no phase asks for: T must know what a request looks like that was never refused.
-    All forms are there, questions too: with things to do alone T came out higher, and hung more on the draw."""
+    """harmful.txt and harmless.txt, 128 lines each, in train phrasings, of every template in turn.
+
+    The harmful ones are of the part valid, which no phase asks for: T must know what a request looks like that was never refused.
+    Of the harmless ones half are plain things of the part align, half questions from outside: so v_r points from what is answered to
+    what is refused, and not also from what is known to what is not."""
     rng = random.Random(f"{seed} anchors")
     for name, group, part in (("harmful", "harmful", "valid"), ("harmless", "plain", "align")):
         templates = by_template(world.select(group, part))
         rng.shuffle(templates)
-        texts = dict.fromkeys(world.say("train", rng.choice(rows), rng) for _ in range(4) for rows in templates)
+        texts = {}
+        for rows in itertools.islice(itertools.cycle(templates), 256):
+            texts[world.say("train", rng.choice(rows), rng)] = None
+            if group == "plain":
+                texts[world.say("train", world.unknown(rng, "plain"), rng)] = None
         (folder / f"{name}.txt").write_text("\n".join(list(texts)[:128]) + "\n", encoding="utf-8")
 
 
@@ -607,7 +615,7 @@ def share(folder, n=200):
     world, rows, made = World(), [], torch.load(file, weights_only=True)
     if made["step"] < STEPS["two"]:
         raise ValueError(f"{file}: {made['step']} of {STEPS['two']} steps; make the model to its end first, without --only")
-    for zeal in (0, 0.25, 0.5, 0.75, 1):
+    for zeal in (0, 0.25, 0.5, 0.75, made["zeal"]):
         other = folder
         if zeal != made["zeal"]:
             other = folder / "build" / f"zeal-{zeal}"

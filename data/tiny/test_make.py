@@ -102,7 +102,7 @@ def test_rescaling_changes_nothing_but_the_unit():
     weights = {name: w.detach() for name, w in make.new_model(0, "cpu").items()}
     ids = torch.randint(make.CONFIG.V, (2, 20), generator=torch.Generator().manual_seed(0))
     (x, _), (larger, _) = (llama.assemble(make.CONFIG, w).forward(ids) for w in (weights, make.rescale(weights, 4.0)))
-    torch.testing.assert_close(larger, 4 * x, atol=1e-2, rtol=1e-2)                  # norm_eps alone does not scale
+    torch.testing.assert_close(larger, 4 * x, atol=2e-2, rtol=1e-2)                  # norm_eps alone does not scale
 
 
 def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path):
