@@ -62,7 +62,7 @@ SHARES = {          # of the groups of questions in a phase, added up
 }
 STATEMENTS = {"one": 0.2, "two": 0.2}       # share of the rows that are statements
 # Phase two trains what writes to the stream in the blocks from this one on, and nothing that reads it: it moves the threshold of refusal and
-# leaves alone what tells harm from what only sounds like it, so unlike deeds keep their order in s_q. With the readers trained too they lost it.
+# leaves alone what tells harm from what only sounds like it, so unseen deeds keep their order in s_q.
 UPWARDS, WRITERS = 5, ("wo", "w_down")
 EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
@@ -352,7 +352,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
     recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY}" + "".join(
-        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, WRITERS, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
