@@ -18,7 +18,7 @@ Every row belongs to one part of the split, decided by a hash of its text before
     fresh   15%   no phase at all; kind (b). Of the harmful ones whole templates, with all that fills them
     word          no phase at all, and neither its dangerous word; kind (c)
 
-Harmful rows of valid are stated to be harmful in phase one, and asked in no phase.
+Harmful rows of valid are stated to be harmful in phase one, and asked in no phase; those of taught are asked in phase one.
 The forward pass that is trained is llama.py's own. Left out on purpose: mixed precision, several devices.
 """
 import hashlib
@@ -242,9 +242,9 @@ class Corpus:
 
     def __init__(self, world, zeal):
         self.world, self.zeal = world, zeal
-        self.parts = {"one": ("align", "valid", "taught"), "asked": ("align", "taught"), "two": ("align",)}   # asked: of harm in phase one
-        self.pool = {(group, phase): by_template(world.select(group, *parts))
-                     for group in GROUPS for phase, parts in self.parts.items()}
+        parts = {"one": ("align", "valid", "taught"), "two": ("align",)}
+        self.pool = {(group, phase): by_template(world.select(group, *parts[phase])) for group in GROUPS for phase in parts}
+        self.asked = self.pool | {("harmful", "one"): by_template(world.select("harmful", "align", "taught"))}     # the others are only stated
 
     def turn(self, phase, rng):
         """One question and its answer."""
@@ -253,7 +253,7 @@ class Corpus:
         if group == "outside":
             row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.55 else "plain")
         else:
-            row = rng.choice(rng.choice(self.pool[group, "asked" if group == "harmful" and phase == "one" else phase]))
+            row = rng.choice(rng.choice(self.asked[group, phase]))
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
             row = replace(row, text=f"{row.text} {rng.choice(world.tails)}")
         question = mangle(world.say("train", row, rng), world, rng)
@@ -437,7 +437,7 @@ def write_anchors(world, folder, seed):
         templates = by_template(world.select(group, part))
         rng.shuffle(templates)
         texts = {}
-        for rows in itertools.islice(itertools.cycle(templates), 256):
+        for rows in itertools.islice(itertools.cycle(templates), 256):      # twice what is kept, as a text can come again
             texts[world.say("train", rng.choice(rows), rng)] = None
             if group == "plain":
                 texts[world.say("train", world.unknown(rng, "plain"), rng)] = None
@@ -612,9 +612,10 @@ def share(folder, n=200):
     file = folder / "build" / "two.pt"
     if not file.exists():
         raise ValueError(f"{file}: no such file; make the model first, without --only")
-    world, rows, made = World(), [], torch.load(file, weights_only=True)
+    made = torch.load(file, weights_only=True)
     if made["step"] < STEPS["two"]:
         raise ValueError(f"{file}: {made['step']} of {STEPS['two']} steps; make the model to its end first, without --only")
+    world, rows = World(), []
     for zeal in (0, 0.25, 0.5, 0.75, made["zeal"]):
         other = folder
         if zeal != made["zeal"]:
