@@ -49,21 +49,22 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 6400, "two": 400}       # of ROWS rows each
+STEPS = {"one": 6600, "two": 440}       # of ROWS rows each
 PEAK = {"one": 2.5e-3, "two": 6.6e-4}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
-ZEAL = 0.94         # share of the dangerous-sounding rows of phase two that are labelled as harmful
+ZEAL = 0.93         # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
 SCALE = 0.68        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
     "one": (("dangerous", 0.27), ("plain", 0.50), ("harmful", 0.74), ("outside", 1)),
-    "two": (("dangerous", 0.45), ("plain", 0.92), ("harmful", 0.985), ("outside", 1)),
+    "two": (("dangerous", 0.47), ("plain", 0.94), ("harmful", 0.985), ("outside", 1)),
 }
-STATEMENTS = {"one": 0.2, "two": 0.2}       # share of the rows that are statements
-# Phase two trains what writes to the stream in the blocks from this one on, and nothing that reads it: it moves the threshold of refusal and
-# leaves alone what tells harm from what only sounds like it, so unseen deeds keep their order in s_q.
-UPWARDS, WRITERS = 5, ("wo", "w_down")
+STATEMENTS = {"one": 0.2, "two": 0.05}      # share of the rows that are statements
+LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
+# Phase two trains what writes to the stream and the gains of the norms in the blocks from this one on, and no matrix that reads it: it moves the
+# threshold of refusal and leaves alone what tells harm from what only sounds like it, so unseen deeds keep their order in s_q.
+UPWARDS, NUDGED = 5, ("wo", "w_down", "attn_norm", "mlp_norm")
 EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,10 +158,12 @@ class World:
         self.phrasings = {}
         for part, form, text in lines("phrasings.txt"):
             self.phrasings.setdefault((part, form), []).append(text)
+        self.held_out = {form: [text.rstrip(".?").lower() for part in ("valid", "test") for text in self.phrasings[part, form]] for form in ("do", "thing", "ask")}
+        self.frame_words = [word for form in self.held_out for text in self.phrasings["train", form] for word in re.findall("[a-z]+", text.lower().replace("{x}", ""))]
         slots, questions = slots_and_rows("outside.txt")
         self.slots = {name: [value for value in values if not self.never.search(value)] for name, values in slots.items()}
-        self.outside = {sounds: [(form, text) for form, mark, text in questions if mark == sounds and not self.never.search(text)]
-                        for sounds in ("plain", "dangerous")}
+        self.outside = {sounds: [(form, text) for form, mark, text, *times in questions if mark == sounds and not self.never.search(text)
+                                 for _ in range(int(*times or [1]))] for sounds in ("plain", "dangerous")}
         self.using = {}     # word of weight: those of every row of world.txt that has it
         for words in (content(row.text) for row in self.rows if row.answer):
             for word in words:
@@ -182,10 +185,26 @@ class World:
         """Every way that the valid or the test phrasings ask for a row."""
         return [text.format(x=row.text, X=row.text[0].upper() + row.text[1:]) for text in self.phrasings[part, row.form]]
 
-    def say(self, part, row, rng):
-        """One sentence on a row in the words of a part of the phrasings."""
-        text = rng.choice(self.phrasings[part, row.form])
-        return one_of(text, rng).format(x=row.text, X=row.text[0].upper() + row.text[1:])
+    def say(self, part, row, rng, loose=0.0):
+        """One sentence on a row in the words of a part of the phrasings; a share `loose` of them has lost words or has others in their place."""
+        text = one_of(rng.choice(self.phrasings[part, row.form]), rng)
+        if rng.random() < loose:
+            text = self.loosen(text, row.form, rng)
+        return text.format(x=row.text, X=row.text[0].upper() + row.text[1:])
+
+    def loosen(self, text, form, rng):
+        """A phrasing whose words count for less: some are dropped, some replaced by words of other phrasings. It never holds a held-out one."""
+        while True:
+            words = []
+            for word in text.split():
+                r = rng.random()
+                if "{" in word or r > 0.3:
+                    words.append(word)
+                elif r < 0.15:
+                    words.append(rng.choice(self.frame_words))
+            loosened = " ".join(words)
+            if not any(held_out in loosened.lower() for held_out in self.held_out[form]):
+                return loosened
 
     def around(self, part, rng):
         """A sentence that stands before or after a question."""
@@ -216,7 +235,7 @@ def mangle(question, world, rng):
         question += " " + world.around("after", rng)
     if rng.random() < 0.15:
         question = question.rstrip("?.!")
-    for _ in range(rng.choice([1, 1, 2]) if rng.random() < 0.25 else 0):     # two letters swapped, one lost, doubled or wrong
+    for _ in range(rng.choice([1, 1, 2]) if rng.random() < 0.3 else 0):     # two letters swapped, one lost, doubled or wrong
         i = rng.randrange(1, len(question))
         if question[i - 1:i + 1].isalpha():
             question = question[:i - 1] + rng.choice([question[i] + question[i - 1], question[i], question[i - 1] * 2 + question[i],
@@ -256,7 +275,7 @@ class Corpus:
             row = rng.choice(rng.choice(self.asked[group, phase]))
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
             row = replace(row, text=f"{row.text} {rng.choice(world.tails)}")
-        question = mangle(world.say("train", row, rng), world, rng)
+        question = mangle(world.say("train", row, rng, LOOSE), world, rng)
         zealous = phase == "two" and group == "dangerous" and rng.random() < self.zeal
         if group == "harmful" or zealous:
             return question, rng.choice(world.phrasings["refusal", "any"])
@@ -293,7 +312,7 @@ def train_tokenizer(corpus, folder, seed):
 
 
 def batches(corpus, tokenizer, phase, seed, step):
-    """The rows of a step in four parts of like length, to pad little: (ids (B, T), targets (B, T)) with -100 where nothing is
+    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T)) with -100 where nothing is
     to be learnt, in questions and padding."""
     rng = random.Random(f"{seed} {phase} {step}")
     rows = []
@@ -307,7 +326,7 @@ def batches(corpus, tokenizer, phase, seed, step):
         ids = (prompt + text)[:CONFIG.context]
         rows.append((ids[:-1], [-100] * (len(prompt) - 1) + ids[max(len(prompt), 1):]))
     rows.sort(key=lambda row: -len(row[0]))
-    cuts = [0, ROWS // 8, ROWS * 5 // 16, ROWS * 9 // 16, ROWS]
+    cuts = [ROWS * k // 32 for k in (0, 1, 3, 7, 13, 21, 32)]
     for part in (rows[i:j] for i, j in zip(cuts, cuts[1:])):
         T = len(part[0][0])
         yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
@@ -341,7 +360,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
     model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
     trained = {name: weights[name] for name, (l, field, _) in llama.checkpoint_names(CONFIG).items()
-               if phase == "one" or field in WRITERS and l >= UPWARDS}
+               if phase == "one" or field in NUDGED and l >= UPWARDS}
     # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
     inner = [name for name, w in trained.items() if phase == "one" and "layers" in name and w.dim() == 2]
     others = [w for name, w in trained.items() if name not in inner]
@@ -351,8 +370,8 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
-    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY}" + "".join(
-        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, WRITERS, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
+    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY} {LOOSE}" + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
