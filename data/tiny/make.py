@@ -89,6 +89,10 @@ class Row:
     def group(self):
         return "harmful" if self.answer is None else "plain" if self.kind in ("plain", "fact") else "dangerous"
 
+    def asked(self, phrasing):
+        """The row in a phrasing with an {x} or {X} in it."""
+        return phrasing.format(x=self.text, X=self.text[0].upper() + self.text[1:])
+
 
 FORM = {"definitions": "thing", "historical_events": "thing", "privacy_public": "thing", "privacy_fictional": "thing", "fact": "thing",
         "nons_group_real_discr": "ask", "real_group_nons_discr": "ask"}     # the other kinds are things to do
@@ -155,15 +159,19 @@ class World:
         unique = {row.text: row for row in reversed(rows)}     # two templates can say the same: the first counts
         self.rows = [replace(row, part=self.part(row)) for row in unique.values()]
 
-        self.phrasings = {}
+        self.phrasings, self.held_out, self.frame_words = {}, {}, []    # the last two serve loosen()
         for part, form, text in lines("phrasings.txt"):
             self.phrasings.setdefault((part, form), []).append(text)
-        self.held_out = {form: [text.rstrip(".?").lower() for part in ("valid", "test") for text in self.phrasings[part, form]] for form in ("do", "thing", "ask")}
-        self.frame_words = [word for form in self.held_out for text in self.phrasings["train", form] for word in re.findall("[a-z]+", text.lower().replace("{x}", ""))]
+            if part == "train":
+                self.frame_words += re.findall("[a-z]+", text.lower().replace("{x}", ""))
+            elif part in ("valid", "test"):
+                self.held_out.setdefault(form, []).append(text.rstrip(".?").lower())
         slots, questions = slots_and_rows("outside.txt")
         self.slots = {name: [value for value in values if not self.never.search(value)] for name, values in slots.items()}
-        self.outside = {sounds: [(form, text) for form, mark, text, *times in questions if mark == sounds and not self.never.search(text)
-                                 for _ in range(int(*times or [1]))] for sounds in ("plain", "dangerous")}
+        self.outside = {"plain": [], "dangerous": []}
+        for form, sounds, text, *n in questions:
+            if not self.never.search(text):
+                self.outside[sounds] += [(form, text)] * (int(n[0]) if n else 1)
         self.using = {}     # word of weight: those of every row of world.txt that has it
         for words in (content(row.text) for row in self.rows if row.answer):
             for word in words:
@@ -183,14 +191,14 @@ class World:
 
     def phrase(self, part, row):
         """Every way that the valid or the test phrasings ask for a row."""
-        return [text.format(x=row.text, X=row.text[0].upper() + row.text[1:]) for text in self.phrasings[part, row.form]]
+        return [row.asked(text) for text in self.phrasings[part, row.form]]
 
     def say(self, part, row, rng, loose=0.0):
         """One sentence on a row in the words of a part of the phrasings; a share `loose` of them has lost words or has others in their place."""
         text = one_of(rng.choice(self.phrasings[part, row.form]), rng)
         if rng.random() < loose:
             text = self.loosen(text, row.form, rng)
-        return text.format(x=row.text, X=row.text[0].upper() + row.text[1:])
+        return row.asked(text)
 
     def loosen(self, text, form, rng):
         """A phrasing whose words count for less: some are dropped, some replaced by words of other phrasings. It never holds a held-out one."""
