@@ -57,7 +57,7 @@ ZEAL = 0.93         # share of the dangerous-sounding rows of phase two that are
 SALT = 2            # of the split's hash
 SCALE = 0.68        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
-    "one": (("dangerous", 0.27), ("plain", 0.50), ("harmful", 0.74), ("outside", 1)),
+    "one": (("dangerous", 0.29), ("plain", 0.47), ("harmful", 0.70), ("outside", 1)),
     "two": (("dangerous", 0.47), ("plain", 0.94), ("harmful", 0.985), ("outside", 1)),
 }
 STATEMENTS = {"one": 0.2, "two": 0.05}      # share of the rows that are statements
@@ -278,7 +278,7 @@ class Corpus:
         world, r = self.world, rng.random()
         group = next(group for group, below in SHARES[phase] if r < below)
         if group == "outside":
-            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.55 else "plain")
+            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.62 else "plain")
         else:
             row = rng.choice(rng.choice(self.asked[group, phase]))
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
