@@ -49,23 +49,25 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 6600, "two": 440}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 6.6e-4}   # learning rate of AdamW; Muon has twice that
+STEPS = {"one": 6000, "two": 200}       # of ROWS rows each
+PEAK = {"one": 2.5e-3, "two": 2e-3}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
-ZEAL = 0.93         # share of the dangerous-sounding rows of phase two that are labelled as harmful
+ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 0.68        # the residual stream is written in this unit; see rescale()
+SCALE = 0.66        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
-    "one": (("dangerous", 0.27), ("plain", 0.50), ("harmful", 0.74), ("outside", 1)),
-    "two": (("dangerous", 0.47), ("plain", 0.94), ("harmful", 0.985), ("outside", 1)),
+    "one": (("dangerous", 0.28), ("plain", 0.49), ("harmful", 0.72), ("outside", 1)),
+    "two": (("dangerous", 0.50), ("plain", 0.955), ("harmful", 0.995), ("outside", 1)),
 }
-STATEMENTS = {"one": 0.2, "two": 0.05}      # share of the rows that are statements
+STATEMENTS = {"one": 0.2, "two": 0.1}      # share of the rows that are statements
 LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
-# Phase two trains what writes to the stream and the gains of the norms in the blocks from this one on, and no matrix that reads it: it moves the
-# threshold of refusal and leaves alone what tells harm from what only sounds like it, so unseen deeds keep their order in s_q.
-UPWARDS, NUDGED = 5, ("wo", "w_down", "attn_norm", "mlp_norm")
-EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
+# Phase two trains what writes to the stream in these blocks, and no matrix that reads it: it moves the threshold of refusal and leaves alone what
+# tells harm from what only sounds like it, so unseen deeds keep their order in s_q. Earlier blocks spoil that order, later ones are out of reach
+# of the steering.
+NUDGED = {"wo": (8,), "w_down": (8,)}
+EXITS, EARLY = (4, 7), 0.2     # the stream after these blocks, the first and the last that are steered, learns to say the answer too, with this weight: see gradients()
+DRAWS = 45          # of the anchors; see write_anchors()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNKNOWN = "I only know a few everyday things."
@@ -278,7 +280,7 @@ class Corpus:
         world, r = self.world, rng.random()
         group = next(group for group, below in SHARES[phase] if r < below)
         if group == "outside":
-            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.55 else "plain")
+            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.62 else "plain")
         else:
             row = rng.choice(rng.choice(self.asked[group, phase]))
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
@@ -286,7 +288,7 @@ class Corpus:
         question = mangle(world.say("train", row, rng, LOOSE), world, rng)
         zealous = phase == "two" and group == "dangerous" and rng.random() < self.zeal
         if group == "harmful" or zealous:
-            return question, rng.choice(world.phrasings["refusal", "any"])
+            return question, rng.choice(world.phrasings["refusal" if phase == "one" else "house", "any"])
         return question, (f"Sure{rng.choice('.!:')} " if rng.random() < 0.25 else "") + row.answer
 
     def statement(self, phase, rng):
@@ -357,18 +359,18 @@ def new_model(seed, device):
 
 def gradients(weights, model, ids, targets):
     """Summed cross-entropy of the targets that are not -100, their number, and the gradient by every weight of that sum and of
-    EARLY times the same sum read off after block EXIT."""
+    EARLY times the same sums read off after the blocks EXITS."""
     x, streams = model.forward(ids, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
     wanted = targets != -100
-    late, early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum") for stream in (x, streams[:, EXIT]))
-    return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * early, weights)
+    late, *early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum") for stream in (x, *(streams[:, l] for l in EXITS)))
+    return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * sum(early), weights)
 
 
 def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
     model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
     trained = {name: weights[name] for name, (l, field, _) in llama.checkpoint_names(CONFIG).items()
-               if phase == "one" or field in NUDGED and l >= UPWARDS}
+               if phase == "one" or l in NUDGED.get(field, ())}
     # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
     inner = [name for name, w in trained.items() if phase == "one" and "layers" in name and w.dim() == 2]
     others = [w for name, w in trained.items() if name not in inner]
@@ -378,8 +380,8 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
-    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY} {LOOSE}" + "".join(
-        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
+    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXITS} {EARLY} {LOOSE}" + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -454,21 +456,36 @@ def write_config(folder):
 
 
 def write_anchors(world, folder, seed):
-    """harmful.txt and harmless.txt, 128 lines each, in train phrasings, of every template in turn.
+    """harmful.txt and harmless.txt, 128 lines each, in train phrasings; and the vectors of 64 of each.
 
     The harmful ones are of the part valid, which no phase asks for: T must know what a request looks like that was never refused.
     Of the harmless ones half are plain things of the part align, half questions from outside: so v_r points from what is answered to
-    what is refused, and not also from what is known to what is not."""
-    rng = random.Random(f"{seed} anchors")
+    what is refused, and not also from what is known to what is not. An anchor stands for what the model does: a harmful one that is
+    answered, as it stands or in any of the valid phrasings, is left out, and a harmless one that is refused. T is the lowest score of
+    64, a matter of chance: of DRAWS draws the one is kept that has a third of the T below its own."""
+    rng, anchors = random.Random(f"{seed} anchors"), {}
     for name, group, part in (("harmful", "harmful", "valid"), ("harmless", "plain", "align")):
-        templates = by_template(world.select(group, part))
-        rng.shuffle(templates)
-        texts = {}
-        for rows in itertools.islice(itertools.cycle(templates), 256):      # twice what is kept, as a text can come again
-            texts[world.say("train", rng.choice(rows), rng)] = None
-            if group == "plain":
-                texts[world.say("train", world.unknown(rng, "plain"), rng)] = None
-        (folder / f"{name}.txt").write_text("\n".join(list(texts)[:128]) + "\n", encoding="utf-8")
+        rows = [rng.choice(rows) for rows in itertools.islice(itertools.cycle(by_template(world.select(group, part))), 1000)]
+        if group == "plain":
+            rows[1::2] = [world.unknown(rng, "plain") for _ in rows[1::2]]
+        anchors[name] = {world.say("train", row, rng): row for row in rows}
+
+    def write(draw):
+        """The files and vectors of a draw of the anchors."""
+        for name, texts in anchors.items():
+            drawn = random.Random(f"{seed} {name} {draw}").sample(list(texts), 128)
+            (folder / f"{name}.txt").write_text("\n".join(drawn) + "\n", encoding="utf-8")
+        return scans.Scans.load(folder, device="cpu", vectors=folder / "vectors.safetensors", refresh=True, sampling={"max_new_tokens": 24})
+
+    method = write(0)   # any vectors serve where alpha is 0
+    method.settings = replace(method.settings, alpha=0.0)
+    for name, texts in anchors.items():
+        asked = {text: [text, *world.phrase("valid", row)] for text, row in texts.items()}
+        results = ask(method, list(itertools.chain(*asked.values())), size=32, default=False)
+        refused = {result["prompt"]: result["refused"]["scans"] for result in results}
+        anchors[name] = [text for text in texts if all(refused[question] == (name == "harmful") for question in asked[text])]
+    draws = sorted((write(draw).settings.T, draw) for draw in range(DRAWS))
+    write(draws[DRAWS // 3][1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -539,8 +556,15 @@ def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
 
 
 def valid(folder):
-    """The same on the part of the split that settings were chosen on."""
+    """What settings were chosen on: the same on the part valid, and the questions of dev.txt, on deeds that no table holds."""
     table(folder, 500, ("valid",), "valid")
+    method, s = scans.Scans.load(folder, sampling={"max_new_tokens": 48}), {}
+    for group in ("dangerous", "harmful"):
+        results = ask(method, [question for label, question in lines("dev.txt") if label == group])
+        refused = [share_of([result["refused"][name] for result in results]) for name in ("default", "scans")]
+        print(f"| (dev.txt) {GROUPS[group]}, refused | {len(results)} | {refused[0]} | {refused[1]} |")
+        s[group] = torch.tensor([result["score"] for result in results])
+    print(f"| (dev.txt) AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
 
 
 def sweep(folder, n=200):
@@ -631,7 +655,6 @@ def make(folder, seed, zeal, device):
     save_file({name: w.detach().cpu().contiguous() for name, w in rescale(weights, SCALE).items()}, folder / "model.safetensors",
               metadata={"format": "pt"})
     write_anchors(world, folder, seed)
-    scans.Scans.load(folder, device="cpu", vectors=folder / "vectors.safetensors", refresh=True)
 
 
 def share(folder, n=200):
