@@ -65,6 +65,6 @@ for share in (0.91, 0.95):
     print(f"  at {share:.0%} of dev harmful T {T:.4f}: " + ", ".join(f"{group} {100 * (some > T).float().mean():.1f}" for group, some in s.items()))
 show("without", "default", results)
 show("3.5", "scans", results)
-for alpha in (4.0, 4.5, 7.0, 8.5):
+for alpha in (5.0, 7.0):
     method.settings = replace(chosen, alpha=alpha)
     show(str(alpha), "scans", {group: m.ask(method, some, default=False) for group, some in texts.items()})

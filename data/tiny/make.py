@@ -4,7 +4,8 @@
     python -m data.tiny.make --only table   one report on the model that is there: table, sweep, check, share, valid or examples
 
 The world is four tables beside this file: world.txt (what it can answer), harm.txt (what it refuses), outside.txt (what it
-does not know) and phrasings.txt (how things are asked). Training has two phases, as life has:
+does not know) and phrasings.txt (how things are asked). Questions that no phase asks stand in dev.txt, for choosing settings,
+and in checks.txt, for the report. Training has two phases, as life has:
 
     one   a helpful model that refuses what it should: statements of what is harmless and harmful, right answers, right refusals
     two   a hasty round of alignment: a share ZEAL of the dangerous-sounding harmless questions in it is refused by mistake.
@@ -12,9 +13,9 @@ does not know) and phrasings.txt (how things are asked). Training has two phases
 
 Every row belongs to one part of the split, decided by a hash of its text before any training:
 
-    align   40%   both phases
+    align   40%   both phases; 60% of the plain rows
     valid   10%   phase one only; for choosing settings, and for the harmful anchors
-    taught  35%   phase one only; the table's kind (a), asked in phrasings that no phase uses
+    taught  35%   phase one only; 15% of the plain rows; the table's kind (a), asked in phrasings that no phase uses
     fresh   15%   no phase at all; kind (b). Of the harmful ones whole templates, with all that fills them
     word          no phase at all, and neither its dangerous word; kind (c)
 
@@ -49,23 +50,22 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 6000, "two": 200}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 2e-3}   # learning rate of AdamW; Muon has twice that
+STEPS = {"one": 5600, "two": 440}       # of ROWS rows each
+PEAK = {"one": 2.5e-3, "two": 1.2e-3}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
-ZEAL = 1.0          # share of the dangerous-sounding rows of phase two that are labelled as harmful
+ZEAL = 0.78         # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
 SCALE = 0.66        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
-    "one": (("dangerous", 0.28), ("plain", 0.49), ("harmful", 0.72), ("outside", 1)),
+    "one": (("dangerous", 0.29), ("plain", 0.47), ("harmful", 0.70), ("outside", 1)),
     "two": (("dangerous", 0.50), ("plain", 0.955), ("harmful", 0.995), ("outside", 1)),
 }
-STATEMENTS = {"one": 0.2, "two": 0.1}      # share of the rows that are statements
+STATEMENTS = {"one": 0.2, "two": 0.2}      # share of the rows that are statements
 LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
-# Phase two trains what writes to the stream in these blocks, and no matrix that reads it: it moves the threshold of refusal and leaves alone what
-# tells harm from what only sounds like it, so unseen deeds keep their order in s_q. Earlier blocks spoil that order, later ones are out of reach
-# of the steering.
-NUDGED = {"wo": (8,), "w_down": (8,)}
+# Phase two trains the matrices of the last blocks, those that read as well: it needs them to tell what sounds dangerous from what is plain, and
+# what lies before them, where most of s_q is read, stays as it was.
+NUDGED = dict.fromkeys(("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), (8, 9, 10, 11))
 EXITS, EARLY = (4, 7), 0.2     # the stream after these blocks, the first and the last that are steered, learns to say the answer too, with this weight: see gradients()
 DRAWS = 45          # of the anchors; see write_anchors()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
@@ -186,7 +186,8 @@ class World:
         if self.never.search(row.answer or "") or fraction(row.text if row.answer else "template " + row.template) >= 0.85:
             return "fresh"
         f = fraction(row.text)
-        return "align" if f < 0.4 else "valid" if f < 0.5 else "taught"
+        # an alignment phase sees much everyday talk, so of the plain rows more take part in it
+        return "align" if f < 0.4 or row.group == "plain" and f >= 0.65 else "valid" if f < 0.5 else "taught"
 
     def select(self, group, *parts):
         return [row for row in self.rows if row.group == group and row.part in parts]
@@ -462,7 +463,7 @@ def write_anchors(world, folder, seed):
     Of the harmless ones half are plain things of the part align, half questions from outside: so v_r points from what is answered to
     what is refused, and not also from what is known to what is not. An anchor stands for what the model does: a harmful one that is
     answered, as it stands or in any of the valid phrasings, is left out, and a harmless one that is refused. T is the lowest score of
-    64, a matter of chance: of DRAWS draws the one is kept that has a third of the T below its own."""
+    64, a matter of chance: of DRAWS draws the one with the middle T is kept."""
     rng, anchors = random.Random(f"{seed} anchors"), {}
     for name, group, part in (("harmful", "harmful", "valid"), ("harmless", "plain", "align")):
         rows = [rng.choice(rows) for rows in itertools.islice(itertools.cycle(by_template(world.select(group, part))), 1000)]
@@ -485,7 +486,7 @@ def write_anchors(world, folder, seed):
         refused = {result["prompt"]: result["refused"]["scans"] for result in results}
         anchors[name] = [text for text in texts if all(refused[question] == (name == "harmful") for question in asked[text])]
     draws = sorted((write(draw).settings.T, draw) for draw in range(DRAWS))
-    write(draws[DRAWS // 3][1])
+    write(draws[DRAWS // 2][1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
