@@ -51,15 +51,15 @@ HERE = Path(__file__).resolve().parent
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
 STEPS = {"one": 5600, "two": 440}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 1.2e-3}   # learning rate of AdamW; Muon has twice that
+PEAK = {"one": 2.5e-3, "two": 1e-3}   # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
-ZEAL = 0.78         # share of the dangerous-sounding rows of phase two that are labelled as harmful
+ZEAL = 0.75         # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 0.66        # the residual stream is written in this unit; see rescale()
+SCALE = 0.40        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
     "one": (("dangerous", 0.29), ("plain", 0.47), ("harmful", 0.70), ("outside", 1)),
-    "two": (("dangerous", 0.50), ("plain", 0.955), ("harmful", 0.995), ("outside", 1)),
+    "two": (("dangerous", 0.28), ("plain", 0.955), ("harmful", 0.995), ("outside", 1)),
 }
 STATEMENTS = {"one": 0.2, "two": 0.2}      # share of the rows that are statements
 LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
