@@ -22,16 +22,18 @@ source, out, zeal = Path(sys.argv[1]), Path(sys.argv[2]), m.ZEAL
 for setting in sys.argv[3:]:
     name, value = setting.split("=", 1)
     value = eval(value)
-    if name == "zeal":
+    if name == "NOSTURDY":
+        del m.STEPS["sturdy"]; m.SMOOTH["two"] = value
+    elif name == "zeal":
         zeal = value
-    elif name in ("STEPS", "PEAK", "STATEMENTS", "SHARES"):
+    elif name in ("STEPS", "PEAK", "STATEMENTS", "SHARES", "PUSH", "SMOOTH"):
         getattr(m, name)["two"] = value
     else:
         assert hasattr(m, name), name
         setattr(m, name, value)
 (out / "build").mkdir(parents=True, exist_ok=True)
-for name in ("build/one.pt", "tokenizer.model"):
-    if not (out / name).exists():
+for name in ("build/one.pt", *(["build/sturdy.pt"] if not any("NOSTURDY" in a for a in sys.argv) else []), "tokenizer.model"):
+    if (source / name).exists() and not (out / name).exists():
         shutil.copy(source / name, out / name)
 started = time.time()
 m.make(out, 0, zeal, "cpu")
@@ -39,6 +41,9 @@ torch.set_num_threads(2)
 world, method = m.World(), scans.Scans.load(out, sampling={"max_new_tokens": 48})
 print(f"== {sys.argv[2:]}, {time.time() - started:.0f} s")
 pairs = {group: m.questions(world, group, "valid", "valid", 300) for group in m.GROUPS}
+rng = m.random.Random(5)
+pairs["outside"] = [(row, m.one_of(world.say("valid", row, rng), rng)) for row in (world.unknown(rng, "plain") for _ in range(150))]
+pairs["outside2"] = [(row, m.one_of(world.say("valid", row, rng), rng)) for row in (world.unknown(rng, "dangerous") for _ in range(100))]
 texts = {group: [question for _, question in some] for group, some in pairs.items()}
 texts |= {f"dev {group}": [text for label, text in m.lines("dev.txt") if label == group] for group in ("harmful", "dangerous")}
 chosen, s = method.settings, {}
@@ -49,7 +54,7 @@ def show(label, name, results):
     for group, rows in results.items():
         refused = [row["refused"][name] for row in rows]
         cell = f"{group} {100 * sum(refused) / len(refused):.1f}"
-        if group in ("dangerous", "plain"):
+        if group in ("dangerous", "plain", "outside", "outside2"):
             right = [m.is_right(row, result[name]) for (row, _), result in zip(pairs[group], rows) if not result["refused"][name]]
             cell += f" (right {100 * sum(right) / max(1, len(right)):.1f})"
         cells.append(cell)
@@ -65,6 +70,6 @@ for share in (0.91, 0.95):
     print(f"  at {share:.0%} of dev harmful T {T:.4f}: " + ", ".join(f"{group} {100 * (some > T).float().mean():.1f}" for group, some in s.items()))
 show("without", "default", results)
 show("3.5", "scans", results)
-for alpha in (5.0, 7.0):
+for alpha in (4.25, 5.0, 6.0, 7.0):
     method.settings = replace(chosen, alpha=alpha)
     show(str(alpha), "scans", {group: m.ask(method, some, default=False) for group, some in texts.items()})

@@ -5,11 +5,13 @@
 
 The world is four tables beside this file: world.txt (what it can answer), harm.txt (what it refuses), outside.txt (what it
 does not know) and phrasings.txt (how things are asked). Questions that no phase asks stand in dev.txt, for choosing settings,
-and in checks.txt, for the report. Training has two phases, as life has:
+and in checks.txt, for the report. Training has two phases, as life has, and the first of them ends in a stretch of its own:
 
-    one   a helpful model that refuses what it should: statements of what is harmless and harmful, right answers, right refusals
-    two   a hasty round of alignment: a share ZEAL of the dangerous-sounding harmless questions in it is refused by mistake.
-          None of them is a question the table measures.
+    one     a helpful model that refuses what it should: statements of what is harmless and harmful, right answers, right refusals
+    sturdy  more of the same, with random pushes on the residual stream and smoothed labels, so that what the model tells apart and says
+            hangs on no single direction
+    two     a hasty round of alignment: a share ZEAL of the dangerous-sounding harmless questions in it is refused by mistake.
+            None of them is a question the table measures.
 
 Every row belongs to one part of the split, decided by a hash of its text before any training:
 
@@ -50,8 +52,8 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 5600, "two": 440}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 1e-3}   # learning rate of AdamW; Muon has twice that
+STEPS = {"one": 5600, "sturdy": 500, "two": 440}       # of ROWS rows each
+PEAK = {"one": 2.5e-3, "sturdy": 8e-4, "two": 1e-3}     # learning rate of AdamW; Muon has twice that
 ROWS = 64
 KEEP = 100          # steps between checkpoints
 ZEAL = 0.75         # share of the dangerous-sounding rows of phase two that are labelled as harmful
@@ -59,9 +61,11 @@ SALT = 2            # of the split's hash
 SCALE = 0.40        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
     "one": (("dangerous", 0.29), ("plain", 0.47), ("harmful", 0.70), ("outside", 1)),
-    "two": (("dangerous", 0.28), ("plain", 0.955), ("harmful", 0.995), ("outside", 1)),
+    "two": (("dangerous", 0.28), ("plain", 0.84), ("harmful", 0.98), ("outside", 1)),
 }
 STATEMENTS = {"one": 0.2, "two": 0.2}      # share of the rows that are statements
+PUSH = {"one": 0.0, "sturdy": 30.0, "two": 0.0}        # the longest of the random pushes; see pushes()
+SMOOTH = {"one": 0.0, "sturdy": 0.1, "two": 0.1}        # share of the label that is spread over the vocabulary
 LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
 # Phase two trains the matrices of the last blocks, those that read as well: it needs them to tell what sounds dangerous from what is plain, and
 # what lies before them, where most of s_q is read, stays as it was.
@@ -323,12 +327,12 @@ def train_tokenizer(corpus, folder, seed):
 
 
 def batches(corpus, tokenizer, phase, seed, step):
-    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T)) with -100 where nothing is
-    to be learnt, in questions and padding."""
+    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T), pushes (B, L, D)); targets are -100
+    where nothing is to be learnt, in questions and padding."""
     rng = random.Random(f"{seed} {phase} {step}")
     rows = []
     for _ in range(ROWS):
-        history, question, answer = corpus.draw(phase, rng)
+        history, question, answer = corpus.draw("two" if phase == "two" else "one", rng)
         if question is None:
             prompt, text = [], tokenizer.encode([BOS, answer, EOS])
         else:
@@ -341,7 +345,16 @@ def batches(corpus, tokenizer, phase, seed, step):
     for part in (rows[i:j] for i, j in zip(cuts, cuts[1:])):
         T = len(part[0][0])
         yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
-               torch.tensor([wanted + [-100] * (T - len(wanted)) for _, wanted in part]))
+               torch.tensor([wanted + [-100] * (T - len(wanted)) for _, wanted in part]), pushes(len(part), phase, rng))
+
+
+def pushes(B, phase, rng):
+    """Vectors (B, L, D) that are added to the streams of B rows in the blocks that are steered: random directions, of a random length up to PUSH."""
+    first, last = EXITS
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    push = torch.zeros(B, CONFIG.L, CONFIG.D)
+    push[:, first:last + 1] = F.normalize(torch.randn(B, last + 1 - first, CONFIG.D, generator=generator), dim=-1)
+    return push * PUSH[phase] * torch.rand(B, 1, 1, generator=generator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,12 +371,12 @@ def new_model(seed, device):
     return weights
 
 
-def gradients(weights, model, ids, targets):
+def gradients(weights, model, smooth, ids, targets, push):
     """Summed cross-entropy of the targets that are not -100, their number, and the gradient by every weight of that sum and of
-    EARLY times the same sums read off after the blocks EXITS."""
-    x, streams = model.forward(ids, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
+    EARLY times the same sums read off after the blocks EXITS. smooth: share of each label that is spread over the vocabulary."""
+    x, streams = model.forward(ids, steer=push, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
     wanted = targets != -100
-    late, *early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum") for stream in (x, *(streams[:, l] for l in EXITS)))
+    late, *early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum", label_smoothing=smooth) for stream in (x, *(streams[:, l] for l in EXITS)))
     return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * sum(early), weights)
 
 
@@ -371,9 +384,9 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
     model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
     trained = {name: weights[name] for name, (l, field, _) in llama.checkpoint_names(CONFIG).items()
-               if phase == "one" or l in NUDGED.get(field, ())}
+               if phase != "two" or l in NUDGED.get(field, ())}
     # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
-    inner = [name for name, w in trained.items() if phase == "one" and "layers" in name and w.dim() == 2]
+    inner = [name for name, w in trained.items() if phase != "two" and "layers" in name and w.dim() == 2]
     others = [w for name, w in trained.items() if name not in inner]
     optimizers = [torch.optim.AdamW([{"params": [w for w in others if w.dim() == 2], "weight_decay": 0.1},
                                      {"params": [w for w in others if w.dim() == 1], "weight_decay": 0.0}], lr=0, betas=(0.9, 0.95), fused=True)]
@@ -382,7 +395,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
     recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXITS} {EARLY} {LOOSE}" + "".join(
-        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES.get(p)} {STATEMENTS.get(p)} {PUSH[p]} {SMOOTH[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -403,7 +416,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         for optimizer, times in zip(optimizers, (1, 2)):
             for group in optimizer.param_groups:
                 group["lr"] = times * rate
-        parts = list(pool.map(lambda part: gradients(list(trained.values()), model, *(t.to(device) for t in part)),
+        parts = list(pool.map(lambda part: gradients(list(trained.values()), model, SMOOTH[phase], *(t.to(device) for t in part)),
                               batches(corpus, tokenizer, phase, seed, step)))
         count = sum(n for _, n, _ in parts)
         loss = sum(part for part, _, _ in parts) / count
@@ -667,12 +680,12 @@ def share(folder, n=200):
     if made["step"] < STEPS["two"]:
         raise ValueError(f"{file}: {made['step']} of {STEPS['two']} steps; make the model to its end first, without --only")
     world, rows = World(), []
-    for zeal in (0, 0.25, 0.5, 0.75, made["zeal"]):
+    for zeal in sorted({0, 0.25, 0.5, 0.75, 1, made["zeal"]}):
         other = folder
         if zeal != made["zeal"]:
             other = folder / "build" / f"zeal-{zeal}"
             (other / "build").mkdir(parents=True, exist_ok=True)
-            for name in ("build/one.pt", "tokenizer.model"):
+            for name in ("build/one.pt", "build/sturdy.pt", "tokenizer.model"):
                 shutil.copy(folder / name, other / name)
             make(other, made["seed"], zeal, DEVICE)
         method, cells = scans.Scans.load(other, sampling={"max_new_tokens": 48}), []
