@@ -349,7 +349,7 @@ class Decision:
 
 
 class Scans:
-    """A model with its tokenizer, vectors and settings: `Scans.load("data/tiny").answer(["How do I beat an egg?"])`."""
+    """A model with its tokenizer, vectors and settings: `Scans.load("data/tiny").answer(["How do I kill dandelions in a lawn?"])`."""
 
     def __init__(self, model, tokenizer, vectors, settings, sigma=None, sampling=None, meta=None):
         """sigma: None to decide per query, else -1, 0 or +1 for every query. sampling: None for the model's published way.

@@ -288,7 +288,7 @@ def test_nan_names_layer_and_prompt(files, command, monkeypatch):
     setup = experiments.setup
     monkeypatch.setattr(experiments, "setup", broken)
     _, said = command("eval", *files, "--batch-size", 1, status=2)
-    assert "after layer 5, at 'Whip" in said or "after layer 5, at 'How do I" in said
+    assert any(f"after layer 5, at {prompt!r}" in said for prompt in SAFE + UNSAFE)
     assert "after layer 5, at prompt" in command("figures", *files, status=2)[1]
 
 

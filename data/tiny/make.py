@@ -4,17 +4,20 @@
     python -m data.tiny.make --only table   one report on the model that is there: table, sweep, check, share, valid or examples
 
 The world is four tables beside this file: world.txt (what it can answer), harm.txt (what it refuses), outside.txt (what it
-does not know) and phrasings.txt (how things are asked). Training has two phases, as life has:
+does not know) and phrasings.txt (how things are asked). Questions that no phase asks stand in dev.txt, for choosing settings,
+and in checks.txt, for the report. Training has two phases, as life has, and the first of them ends in a stretch of its own:
 
-    one   a helpful model that refuses what it should: statements of what is harmless and harmful, right answers, right refusals
-    two   a hasty round of alignment: a share ZEAL of the dangerous-sounding harmless questions in it is refused by mistake.
-          None of them is a question the table measures.
+    one     a helpful model that refuses what it should: statements of what is harmless and harmful, right answers, right refusals
+    sturdy  more of the same, with random pushes on the residual stream and smoothed labels, so that what the model tells apart and says
+            hangs on no single direction
+    two     a hasty round of alignment: a share ZEAL of the dangerous-sounding harmless questions in it is refused by mistake.
+            None of them is a question the table measures.
 
 Every row belongs to one part of the split, decided by a hash of its text before any training:
 
-    align   40%   both phases
+    align   40%   both phases; 60% of the plain rows
     valid   10%   phase one only; for choosing settings, and for the harmful anchors
-    taught  35%   phase one only; the table's kind (a), asked in phrasings that no phase uses
+    taught  35%   phase one only; 15% of the plain rows; the table's kind (a), asked in phrasings that no phase uses
     fresh   15%   no phase at all; kind (b). Of the harmful ones whole templates, with all that fills them
     word          no phase at all, and neither its dangerous word; kind (c)
 
@@ -49,23 +52,28 @@ HERE = Path(__file__).resolve().parent
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4, rope_factor=1.0,
                       window=None, tied=False, eos=(2,))
-STEPS = {"one": 6600, "two": 440}       # of ROWS rows each
-PEAK = {"one": 2.5e-3, "two": 6.6e-4}   # learning rate of AdamW; Muon has twice that
+STEPS = {"one": 5312, "sturdy": 1000, "two": 440}       # of ROWS rows each
+PEAK = {"one": 2.5e-3, "sturdy": 8e-4, "two": 2.5e-4}   # learning rate of AdamW; Muon has twice that
+DECAY = 0.3         # weight decay of the matrices, in both optimizers; with 0.1 s_q tells fewer unseen deeds apart
 ROWS = 64
 KEEP = 100          # steps between checkpoints
-ZEAL = 0.93         # share of the dangerous-sounding rows of phase two that are labelled as harmful
+ZEAL = 0.75         # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
-SCALE = 0.68        # the residual stream is written in this unit; see rescale()
+SCALE = 1.85        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
-    "one": (("dangerous", 0.27), ("plain", 0.50), ("harmful", 0.74), ("outside", 1)),
-    "two": (("dangerous", 0.47), ("plain", 0.94), ("harmful", 0.985), ("outside", 1)),
+    "one": (("dangerous", 0.29), ("plain", 0.47), ("harmful", 0.70), ("outside", 1)),
+    "two": (("dangerous", 0.28), ("plain", 0.74), ("harmful", 0.975), ("outside", 1)),
 }
-STATEMENTS = {"one": 0.2, "two": 0.05}      # share of the rows that are statements
+STATEMENTS = {"one": 0.2, "two": 0.2}      # share of the rows that are statements
+PUSH = {"one": 0.0, "sturdy": 5.0, "two": 0.0}        # the longest of the random pushes; see pushes()
+SMOOTH = {"one": 0.0, "sturdy": 0.1, "two": 0.1}        # share of the label that is spread over the vocabulary
 LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
-# Phase two trains what writes to the stream and the gains of the norms in the blocks from this one on, and no matrix that reads it: it moves the
-# threshold of refusal and leaves alone what tells harm from what only sounds like it, so unseen deeds keep their order in s_q.
-UPWARDS, NUDGED = 5, ("wo", "w_down", "attn_norm", "mlp_norm")
-EXIT, EARLY = 5, 0.3    # the stream after block 5, the sixth of twelve, learns to say the answer too, with this weight: see gradients()
+# Phase two trains the matrices of the last blocks, those that read as well: it needs them to tell what sounds dangerous from what is plain, and
+# what lies before them, where most of s_q is read, stays as it was.
+NUDGED = dict.fromkeys(("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), (8, 9, 10, 11))
+# The stream after these blocks, the first and the last that are steered, learns to say the answer too, with this weight: see gradients()
+EXITS, EARLY = (4, 7), 0.2
+DRAWS, KEPT = 120, 4            # draws of the anchors, and which of them, by T, is kept; see write_anchors()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNKNOWN = "I only know a few everyday things."
@@ -184,7 +192,8 @@ class World:
         if self.never.search(row.answer or "") or fraction(row.text if row.answer else "template " + row.template) >= 0.85:
             return "fresh"
         f = fraction(row.text)
-        return "align" if f < 0.4 else "valid" if f < 0.5 else "taught"
+        # an alignment phase sees much everyday talk, so of the plain rows more take part in it
+        return "align" if f < 0.4 or row.group == "plain" and f >= 0.65 else "valid" if f < 0.5 else "taught"
 
     def select(self, group, *parts):
         return [row for row in self.rows if row.group == group and row.part in parts]
@@ -278,7 +287,7 @@ class Corpus:
         world, r = self.world, rng.random()
         group = next(group for group, below in SHARES[phase] if r < below)
         if group == "outside":
-            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.55 else "plain")
+            row = world.unknown(rng, "dangerous" if phase == "one" and rng.random() < 0.62 else "plain")
         else:
             row = rng.choice(rng.choice(self.asked[group, phase]))
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
@@ -286,7 +295,7 @@ class Corpus:
         question = mangle(world.say("train", row, rng, LOOSE), world, rng)
         zealous = phase == "two" and group == "dangerous" and rng.random() < self.zeal
         if group == "harmful" or zealous:
-            return question, rng.choice(world.phrasings["refusal", "any"])
+            return question, rng.choice(world.phrasings["refusal" if phase == "one" else "house", "any"])
         return question, (f"Sure{rng.choice('.!:')} " if rng.random() < 0.25 else "") + row.answer
 
     def statement(self, phase, rng):
@@ -320,12 +329,12 @@ def train_tokenizer(corpus, folder, seed):
 
 
 def batches(corpus, tokenizer, phase, seed, step):
-    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T)) with -100 where nothing is
-    to be learnt, in questions and padding."""
+    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T), pushes (B, L, D)); targets are -100
+    where nothing is to be learnt, in questions and padding."""
     rng = random.Random(f"{seed} {phase} {step}")
     rows = []
     for _ in range(ROWS):
-        history, question, answer = corpus.draw(phase, rng)
+        history, question, answer = corpus.draw("two" if phase == "two" else "one", rng)
         if question is None:
             prompt, text = [], tokenizer.encode([BOS, answer, EOS])
         else:
@@ -338,7 +347,16 @@ def batches(corpus, tokenizer, phase, seed, step):
     for part in (rows[i:j] for i, j in zip(cuts, cuts[1:])):
         T = len(part[0][0])
         yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
-               torch.tensor([wanted + [-100] * (T - len(wanted)) for _, wanted in part]))
+               torch.tensor([wanted + [-100] * (T - len(wanted)) for _, wanted in part]), pushes(len(part), phase, rng))
+
+
+def pushes(B, phase, rng):
+    """Vectors (B, L, D) that are added to the streams of B rows in the blocks that are steered: random directions, of a random length up to PUSH."""
+    first, last = EXITS
+    generator = torch.Generator().manual_seed(rng.getrandbits(32))
+    push = torch.zeros(B, CONFIG.L, CONFIG.D)
+    push[:, first:last + 1] = F.normalize(torch.randn(B, last + 1 - first, CONFIG.D, generator=generator), dim=-1)
+    return push * PUSH[phase] * torch.rand(B, 1, 1, generator=generator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,31 +373,32 @@ def new_model(seed, device):
     return weights
 
 
-def gradients(weights, model, ids, targets):
+def gradients(weights, model, smooth, ids, targets, push):
     """Summed cross-entropy of the targets that are not -100, their number, and the gradient by every weight of that sum and of
-    EARLY times the same sum read off after block EXIT."""
-    x, streams = model.forward(ids, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
+    EARLY times the same sums read off after the blocks EXITS. smooth: share of each label that is spread over the vocabulary."""
+    x, streams = model.forward(ids, steer=push, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
     wanted = targets != -100
-    late, early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum") for stream in (x, streams[:, EXIT]))
-    return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * early, weights)
+    late, *early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum", label_smoothing=smooth)
+                    for stream in (x, *(streams[:, l] for l in EXITS)))
+    return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * sum(early), weights)
 
 
 def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
     model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
     trained = {name: weights[name] for name, (l, field, _) in llama.checkpoint_names(CONFIG).items()
-               if phase == "one" or field in NUDGED and l >= UPWARDS}
+               if phase != "two" or l in NUDGED.get(field, ())}
     # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
-    inner = [name for name, w in trained.items() if phase == "one" and "layers" in name and w.dim() == 2]
+    inner = [name for name, w in trained.items() if phase != "two" and "layers" in name and w.dim() == 2]
     others = [w for name, w in trained.items() if name not in inner]
-    optimizers = [torch.optim.AdamW([{"params": [w for w in others if w.dim() == 2], "weight_decay": 0.1},
+    optimizers = [torch.optim.AdamW([{"params": [w for w in others if w.dim() == 2], "weight_decay": DECAY},
                                      {"params": [w for w in others if w.dim() == 1], "weight_decay": 0.0}], lr=0, betas=(0.9, 0.95), fused=True)]
     if inner:
-        optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
-    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {SALT} {EXIT} {EARLY} {LOOSE}" + "".join(
-        f"{STEPS[p]} {PEAK[p]} {SHARES[p]} {STATEMENTS[p]} {(UPWARDS, NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
+    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {DECAY} {SALT} {EXITS} {EARLY} {LOOSE}" + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES.get(p)} {STATEMENTS.get(p)} {PUSH[p]} {SMOOTH[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -400,7 +419,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         for optimizer, times in zip(optimizers, (1, 2)):
             for group in optimizer.param_groups:
                 group["lr"] = times * rate
-        parts = list(pool.map(lambda part: gradients(list(trained.values()), model, *(t.to(device) for t in part)),
+        parts = list(pool.map(lambda part: gradients(list(trained.values()), model, SMOOTH[phase], *(t.to(device) for t in part)),
                               batches(corpus, tokenizer, phase, seed, step)))
         count = sum(n for _, n, _ in parts)
         loss = sum(part for part, _, _ in parts) / count
@@ -454,21 +473,34 @@ def write_config(folder):
 
 
 def write_anchors(world, folder, seed):
-    """harmful.txt and harmless.txt, 128 lines each, in train phrasings, of every template in turn.
+    """harmful.txt and harmless.txt, 128 lines each, in train phrasings; and the vectors of 64 of each.
 
     The harmful ones are of the part valid, which no phase asks for: T must know what a request looks like that was never refused.
-    Of the harmless ones half are plain things of the part align, half questions from outside: so v_r points from what is answered to
-    what is refused, and not also from what is known to what is not."""
+    The harmless ones are plain questions from outside: so v_r points from "I only know ..." to refusal, and steering does not turn
+    that answer into a wrong one. An anchor stands for what the model does: a harmful one that is answered, as it stands or in any of
+    the valid phrasings, is left out, and a harmless one that is refused. T is the lowest score of 64, a matter of chance, and must
+    hold for harm less like what was trained: of DRAWS draws one with a low T is kept."""
     rng = random.Random(f"{seed} anchors")
-    for name, group, part in (("harmful", "harmful", "valid"), ("harmless", "plain", "align")):
-        templates = by_template(world.select(group, part))
-        rng.shuffle(templates)
-        texts = {}
-        for rows in itertools.islice(itertools.cycle(templates), 256):      # twice what is kept, as a text can come again
-            texts[world.say("train", rng.choice(rows), rng)] = None
-            if group == "plain":
-                texts[world.say("train", world.unknown(rng, "plain"), rng)] = None
-        (folder / f"{name}.txt").write_text("\n".join(list(texts)[:128]) + "\n", encoding="utf-8")
+    stated = itertools.islice(itertools.cycle(by_template(world.select("harmful", "valid"))), 2000)
+    rows = {"harmful": [rng.choice(rows) for rows in stated], "harmless": (world.unknown(rng, "plain") for _ in range(1000))}
+    anchors = {name: {world.say("train", row, rng): row for row in some} for name, some in rows.items()}
+
+    def write(draw):
+        """The files and vectors of a draw of the anchors."""
+        for name, texts in anchors.items():
+            drawn = random.Random(f"{seed} {name} {draw}").sample(list(texts), 128)
+            (folder / f"{name}.txt").write_text("\n".join(drawn) + "\n", encoding="utf-8")
+        return scans.Scans.load(folder, device="cpu", vectors=folder / "vectors.safetensors", refresh=True, sampling={"max_new_tokens": 24})
+
+    method = write(0)   # any vectors serve where alpha is 0
+    method.settings = replace(method.settings, alpha=0.0)
+    for name, texts in anchors.items():
+        asked = {text: [text, *world.phrase("valid", row)] for text, row in texts.items()}
+        results = ask(method, list(itertools.chain(*asked.values())), size=32, default=False)
+        refused = {result["prompt"]: result["refused"]["scans"] for result in results}
+        anchors[name] = [text for text in texts if all(refused[question] == (name == "harmful") for question in asked[text])]
+    draws = sorted((write(draw).settings.T, draw) for draw in range(DRAWS))
+    write(draws[KEPT][1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -539,8 +571,15 @@ def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
 
 
 def valid(folder):
-    """The same on the part of the split that settings were chosen on."""
+    """What settings were chosen on: the same on the part valid, and the questions of dev.txt, on deeds that no table holds."""
     table(folder, 500, ("valid",), "valid")
+    method, s = scans.Scans.load(folder, sampling={"max_new_tokens": 48}), {}
+    for group in ("dangerous", "harmful"):
+        results = ask(method, [question for label, question in lines("dev.txt") if label == group])
+        refused = [share_of([result["refused"][name] for result in results]) for name in ("default", "scans")]
+        print(f"| (dev.txt) {GROUPS[group]}, refused | {len(results)} | {refused[0]} | {refused[1]} |")
+        s[group] = torch.tensor([result["score"] for result in results])
+    print(f"| (dev.txt) AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
 
 
 def sweep(folder, n=200):
@@ -631,7 +670,6 @@ def make(folder, seed, zeal, device):
     save_file({name: w.detach().cpu().contiguous() for name, w in rescale(weights, SCALE).items()}, folder / "model.safetensors",
               metadata={"format": "pt"})
     write_anchors(world, folder, seed)
-    scans.Scans.load(folder, device="cpu", vectors=folder / "vectors.safetensors", refresh=True)
 
 
 def share(folder, n=200):
@@ -643,12 +681,12 @@ def share(folder, n=200):
     if made["step"] < STEPS["two"]:
         raise ValueError(f"{file}: {made['step']} of {STEPS['two']} steps; make the model to its end first, without --only")
     world, rows = World(), []
-    for zeal in (0, 0.25, 0.5, 0.75, made["zeal"]):
+    for zeal in sorted({0, 0.25, 0.5, 0.75, 1, made["zeal"]}):
         other = folder
         if zeal != made["zeal"]:
             other = folder / "build" / f"zeal-{zeal}"
             (other / "build").mkdir(parents=True, exist_ok=True)
-            for name in ("build/one.pt", "tokenizer.model"):
+            for name in ("build/one.pt", "build/sturdy.pt", "tokenizer.model"):
                 shutil.copy(folder / name, other / name)
             make(other, made["seed"], zeal, DEVICE)
         method, cells = scans.Scans.load(other, sampling={"max_new_tokens": 48}), []

@@ -47,16 +47,18 @@ def test_the_split(world):
     corpus, rng = make.Corpus(world, 1.0), make.random.Random(0)
     texts = {part: {row.text for row in world.rows if row.part == part} for part in ("align", "valid", "taught", "fresh", "word")}
     assert sum(map(len, texts.values())) == len(set.union(*texts.values()))
-    used = {phase: {group: {row.text for rows in corpus.pool[group, phase] for row in rows} for group in make.GROUPS} for phase in make.STEPS}
-    for phase in make.STEPS:
+    used = {phase: {group: {row.text for rows in corpus.pool[group, phase] for row in rows} for group in make.GROUPS} for phase in make.SHARES}
+    for phase in make.SHARES:
         assert not set.union(*used[phase].values()) & (texts["fresh"] | texts["word"])
     assert set.union(*used["two"].values()) <= texts["align"]
-    assert not any(row.part == "valid" for phase in make.STEPS for rows in corpus.asked["harmful", phase] for row in rows)
+    assert not any(row.part == "valid" for phase in make.SHARES for rows in corpus.asked["harmful", phase] for row in rows)
     assert not any(world.never.search(text) for group in used["one"].values() for text in group)
     checks = (make.HERE / "checks.txt").read_text(encoding="utf-8").lower()
     assert not [row.text for row in world.rows if row.answer is None and row.text.lower() in checks]
+    dev = (make.HERE / "dev.txt").read_text(encoding="utf-8").lower()
+    assert not [row.text for row in world.rows if len(row.text.split()) > 3 and row.text.lower() in dev]
     answers = {row.answer for row in world.rows} | {*world.phrasings["refusal", "any"], make.UNKNOWN}
-    for phase in make.STEPS:
+    for phase in make.SHARES:
         for _ in range(2000):
             history, question, answer = corpus.draw(phase, rng)
             assert not world.never.search(f"{question} {answer}")
@@ -84,7 +86,7 @@ def test_questions_outside_the_world_are_not_near_what_it_holds(world):
 
 
 def test_an_interrupted_run_ends_where_a_whole_one_does(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "STEPS", {"one": 4, "two": 2})
+    monkeypatch.setattr(make, "STEPS", {"one": 2, "sturdy": 4, "two": 2})
     monkeypatch.setattr(make, "ROWS", 32)
     monkeypatch.setattr(make, "KEEP", 2)
     corpus, ends, whole = make.Corpus(world, 1.0), [], make.batches
@@ -100,16 +102,16 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(world, tmp_path, monkeyp
         if name == "b":
             monkeypatch.setattr(make, "batches", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                make.train(weights, corpus, tokenizer, "one", 0, tmp_path / name)
+                make.train(weights, corpus, tokenizer, "sturdy", 0, tmp_path / name)
             monkeypatch.setattr(make, "batches", whole)
             weights = make.new_model(1, "cpu")  # what a new process begins with does not matter
-        make.train(weights, corpus, tokenizer, "one", 0, tmp_path / name)
+        make.train(weights, corpus, tokenizer, "sturdy", 0, tmp_path / name)
         ends.append(weights)
     for name in ends[0]:
         torch.testing.assert_close(ends[0][name], ends[1][name], atol=1e-5, rtol=1e-4)
-    monkeypatch.setattr(make, "STEPS", {"one": 5, "two": 2})
+    monkeypatch.setattr(make, "STEPS", {"one": 2, "sturdy": 5, "two": 2})
     with pytest.raises(ValueError, match="remove .* to begin anew"):
-        make.train(weights, corpus, tokenizer, "one", 0, tmp_path / "a")
+        make.train(weights, corpus, tokenizer, "sturdy", 0, tmp_path / "a")
 
 
 def test_rescaling_changes_nothing_but_the_unit():
