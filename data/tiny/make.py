@@ -64,15 +64,15 @@ SHARES = {          # of the groups of questions in a phase, added up
     "one": (("dangerous", 0.29), ("plain", 0.47), ("harmful", 0.70), ("outside", 1)),
     "two": (("dangerous", 0.28), ("plain", 0.74), ("harmful", 0.975), ("outside", 1)),
 }
-STATEMENTS = {"one": 0.2, "two": 0.2}      # share of the rows that are statements
-PUSH = {"one": 0.0, "sturdy": 5.0, "two": 0.0}        # the longest of the random pushes; see pushes()
-SMOOTH = {"one": 0.0, "sturdy": 0.1, "two": 0.1}        # share of the label that is spread over the vocabulary
+STATEMENTS = 0.2    # share of the rows that are statements
+PUSH = 5.0          # the longest of the random pushes of sturdy; see pushes()
+SMOOTH = {"one": 0.0, "sturdy": 0.1, "two": 0.1}    # share of the label that is spread over the vocabulary
 LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
-# Phase two trains the matrices of the last blocks, those that read as well: it needs them to tell what sounds dangerous from what is plain, and
-# what lies before them, where most of s_q is read, stays as it was.
-NUDGED = dict.fromkeys(("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down"), (8, 9, 10, 11))
+# Phase two trains the matrices of these blocks, those that read as well: it needs them to tell what sounds dangerous from what is plain, and
+# what lies before them, where half of s_q is read, stays as it was.
+NUDGED = (8, 9, 10, 11)
 # The stream after these blocks, the first and the last that are steered, learns to say the answer too, with this weight: see gradients()
-EXITS, EARLY = (4, 7), 0.2
+EXITS, EARLY = scans.unlisted(CONFIG.L).steer, 0.2
 DRAWS, KEPT = 120, 4            # draws of the anchors, and which of them, by T, is kept; see write_anchors()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -308,7 +308,7 @@ class Corpus:
 
     def draw(self, phase, rng):
         """(history, question, answer), or (None, None, statement)."""
-        if rng.random() < STATEMENTS[phase]:
+        if rng.random() < STATEMENTS:
             return None, None, self.statement(phase, rng)
         turns = [self.turn(phase, rng) for _ in range(1 if rng.random() < 0.9 else rng.randint(2, 3))]
         return turns[:-1], *turns[-1]
@@ -329,8 +329,8 @@ def train_tokenizer(corpus, folder, seed):
 
 
 def batches(corpus, tokenizer, phase, seed, step):
-    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T), pushes (B, L, D)); targets are -100
-    where nothing is to be learnt, in questions and padding."""
+    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T)), in sturdy with pushes (B, L, D) too;
+    targets are -100 where nothing is to be learnt, in questions and padding."""
     rng = random.Random(f"{seed} {phase} {step}")
     rows = []
     for _ in range(ROWS):
@@ -347,16 +347,16 @@ def batches(corpus, tokenizer, phase, seed, step):
     for part in (rows[i:j] for i, j in zip(cuts, cuts[1:])):
         T = len(part[0][0])
         yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
-               torch.tensor([wanted + [-100] * (T - len(wanted)) for _, wanted in part]), pushes(len(part), phase, rng))
+               torch.tensor([wanted + [-100] * (T - len(wanted)) for _, wanted in part]), *([pushes(len(part), rng)] if phase == "sturdy" else []))
 
 
-def pushes(B, phase, rng):
+def pushes(B, rng):
     """Vectors (B, L, D) that are added to the streams of B rows in the blocks that are steered: random directions, of a random length up to PUSH."""
     first, last = EXITS
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     push = torch.zeros(B, CONFIG.L, CONFIG.D)
     push[:, first:last + 1] = F.normalize(torch.randn(B, last + 1 - first, CONFIG.D, generator=generator), dim=-1)
-    return push * PUSH[phase] * torch.rand(B, 1, 1, generator=generator)
+    return push * PUSH * torch.rand(B, 1, 1, generator=generator)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def new_model(seed, device):
     return weights
 
 
-def gradients(weights, model, smooth, ids, targets, push):
+def gradients(weights, model, smooth, ids, targets, push=None):
     """Summed cross-entropy of the targets that are not -100, their number, and the gradient by every weight of that sum and of
     EARLY times the same sums read off after the blocks EXITS. smooth: share of each label that is spread over the vocabulary."""
     x, streams = model.forward(ids, steer=push, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
@@ -387,7 +387,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
     model, file, device = llama.assemble(CONFIG, weights), build / f"{phase}.pt", weights["lm_head.weight"].device
     trained = {name: weights[name] for name, (l, field, _) in llama.checkpoint_names(CONFIG).items()
-               if phase != "two" or l in NUDGED.get(field, ())}
+               if phase != "two" or l in NUDGED and "norm" not in field}
     # phase two is a nudge: Muon, which moves every direction of a matrix alike, would spoil more of what phase one has learnt
     inner = [name for name, w in trained.items() if phase != "two" and "layers" in name and w.dim() == 2]
     others = [w for name, w in trained.items() if name not in inner]
@@ -397,8 +397,8 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
-    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {DECAY} {SALT} {EXITS} {EARLY} {LOOSE}" + "".join(
-        f"{STEPS[p]} {PEAK[p]} {SHARES.get(p)} {STATEMENTS.get(p)} {PUSH[p]} {SMOOTH[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
+    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {DECAY} {SALT} {EXITS} {EARLY} {LOOSE} {STATEMENTS} {PUSH}" + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES.get(p)} {SMOOTH[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -481,9 +481,9 @@ def write_anchors(world, folder, seed):
     the valid phrasings, is left out, and a harmless one that is refused. T is the lowest score of 64, a matter of chance, and must
     hold for harm less like what was trained: of DRAWS draws one with a low T is kept."""
     rng = random.Random(f"{seed} anchors")
-    stated = itertools.islice(itertools.cycle(by_template(world.select("harmful", "valid"))), 2000)
-    rows = {"harmful": [rng.choice(rows) for rows in stated], "harmless": (world.unknown(rng, "plain") for _ in range(1000))}
-    anchors = {name: {world.say("train", row, rng): row for row in some} for name, some in rows.items()}
+    templates = itertools.cycle(by_template(world.select("harmful", "valid")))
+    harmful, harmless = [rng.choice(next(templates)) for _ in range(2000)], (world.unknown(rng, "plain") for _ in range(1000))
+    anchors = {name: {world.say("train", row, rng): row for row in rows} for name, rows in (("harmful", harmful), ("harmless", harmless))}
 
     def write(draw):
         """The files and vectors of a draw of the anchors."""
@@ -542,6 +542,18 @@ LETTERS = {"taught": "(a)", "fresh": "(b)", "word": "(c)", "valid": "(valid)"}
 GROUPS = {"dangerous": "dangerous-sounding but harmless", "harmful": "harmful", "plain": "plain harmless"}
 
 
+def print_refused(kind, group, results):
+    """A line of the table: the share refused without and with SCANS."""
+    refused = [share_of([result["refused"][name] for result in results]) for name in ("default", "scans")]
+    print(f"| {kind} {GROUPS[group]}, refused | {len(results)} | {refused[0]} | {refused[1]} |")
+
+
+def print_auroc(kind, harmful, dangerous):
+    """A line of the table: how well s_q separates the results of two groups."""
+    s, others = (torch.tensor([result["score"] for result in results]) for results in (harmful, dangerous))
+    print(f"| {kind} AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s, others):.4f} |")
+
+
 def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
     """Print, on rows that the alignment phase never saw and in phrasings that no phase saw: the model without and with SCANS."""
     world, method = World(), scans.Scans.load(folder, sampling={"max_new_tokens": 48})
@@ -556,8 +568,7 @@ def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
           f"steering layers {scans.show_layers(method.settings.steer)}\n")
     print("| group | prompts | without SCANS | with SCANS |\n|---|---|---|---|")
     for (group, part), rows in results.items():
-        refused = [share_of([row["refused"][name] for row in rows]) for name in ("default", "scans")]
-        print(f"| {LETTERS[part]} {GROUPS[group]}, refused | {len(rows)} | {refused[0]} | {refused[1]} |")
+        print_refused(LETTERS[part], group, rows)
     for group in ("dangerous", "plain"):
         shares = []
         for name in ("default", "scans"):
@@ -566,20 +577,17 @@ def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
             shares.append(f"{share_of(given)} of {len(given)}")
         print(f"| {LETTERS[parts[0]]} {GROUPS[group]}, right among answers given | | {shares[0]} | {shares[1]} |")
     for part in parts:
-        s = {group: torch.tensor([row["score"] for row in results[group, part]]) for group in ("harmful", "dangerous")}
-        print(f"| {LETTERS[part]} AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
+        print_auroc(LETTERS[part], results["harmful", part], results["dangerous", part])
 
 
 def valid(folder):
     """What settings were chosen on: the same on the part valid, and the questions of dev.txt, on deeds that no table holds."""
     table(folder, 500, ("valid",), "valid")
-    method, s = scans.Scans.load(folder, sampling={"max_new_tokens": 48}), {}
-    for group in ("dangerous", "harmful"):
-        results = ask(method, [question for label, question in lines("dev.txt") if label == group])
-        refused = [share_of([result["refused"][name] for result in results]) for name in ("default", "scans")]
-        print(f"| (dev.txt) {GROUPS[group]}, refused | {len(results)} | {refused[0]} | {refused[1]} |")
-        s[group] = torch.tensor([result["score"] for result in results])
-    print(f"| (dev.txt) AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s['harmful'], s['dangerous']):.4f} |")
+    method = scans.Scans.load(folder, sampling={"max_new_tokens": 48})
+    results = {group: ask(method, [question for label, question in lines("dev.txt") if label == group]) for group in ("dangerous", "harmful")}
+    for group, rows in results.items():
+        print_refused("(dev.txt)", group, rows)
+    print_auroc("(dev.txt)", results["harmful"], results["dangerous"])
 
 
 def sweep(folder, n=200):
