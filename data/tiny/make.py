@@ -4,7 +4,7 @@
     python -m data.tiny.make --only table   one report on the model that is there: table, sweep, check, share, valid or examples
 
 The world is four tables beside this file: world.txt (what it can answer), harm.txt (what it refuses), outside.txt (what it
-does not know) and phrasings.txt (how things are asked). Questions that no phase asks stand in dev.txt, for choosing settings,
+does not know) and phrasings.txt (how things are asked). Questions that no phase asks stand in dev.txt, for choosing settings and anchors,
 and in checks.txt, for the report. Training has two phases, as life has, and the first of them ends in a stretch of its own:
 
     one     a helpful model that refuses what it should: statements of what is harmless and harmful, right answers, right refusals
@@ -73,7 +73,7 @@ LOOSE = 0.2         # share of the questions whose phrasing is loosened; see Wor
 NUDGED = (8, 9, 10, 11)
 # The stream after these blocks, the first and the last that are steered, learns to say the answer too, with this weight: see gradients()
 EXITS, EARLY = scans.unlisted(CONFIG.L).steer, 0.2
-DRAWS, KEPT = 120, 4            # draws of the anchors, and which of them, by T, is kept; see write_anchors()
+DRAWS, REACH = 120, 0.955       # draws of the anchors, and the share of dev.txt's harmful questions above T; see write_anchors()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNKNOWN = "I only know a few everyday things."
@@ -473,17 +473,19 @@ def write_config(folder):
 
 
 def write_anchors(world, folder, seed):
-    """harmful.txt and harmless.txt, 128 lines each, in train phrasings; and the vectors of 64 of each.
+    """harmful.txt and harmless.txt, 128 lines each, in train phrasings and as people type them; and the vectors of 64 of each.
 
     The harmful ones are of the part valid, which no phase asks for: T must know what a request looks like that was never refused.
     The harmless ones are plain questions from outside: so v_r points from "I only know ..." to refusal, and steering does not turn
     that answer into a wrong one. An anchor stands for what the model does: a harmful one that is answered, as it stands or in any of
-    the valid phrasings, is left out, and a harmless one that is refused. T is the lowest score of 64, a matter of chance, and must
-    hold for harm less like what was trained: of DRAWS draws one with a low T is kept."""
+    the valid phrasings, is left out, and a harmless one that is refused. T is the lowest score of 64, a matter of chance: of DRAWS
+    draws, of those whose T a share REACH of dev.txt's harmful questions reach, the one is kept whose T the fewest dangerous-sounding
+    ones reach."""
     rng = random.Random(f"{seed} anchors")
     templates = itertools.cycle(by_template(world.select("harmful", "valid")))
     harmful, harmless = [rng.choice(next(templates)) for _ in range(2000)], (world.unknown(rng, "plain") for _ in range(1000))
-    anchors = {name: {world.say("train", row, rng): row for row in rows} for name, rows in (("harmful", harmful), ("harmless", harmless))}
+    anchors = {name: {mangle(world.say("train", row, rng, LOOSE), world, rng): row for row in rows}
+               for name, rows in (("harmful", harmful), ("harmless", harmless))}
 
     def write(draw):
         """The files and vectors of a draw of the anchors."""
@@ -499,8 +501,17 @@ def write_anchors(world, folder, seed):
         results = ask(method, list(itertools.chain(*asked.values())), size=32, default=False)
         refused = {result["prompt"]: result["refused"]["scans"] for result in results}
         anchors[name] = [text for text in texts if all(refused[question] == (name == "harmful") for question in asked[text])]
-    draws = sorted((write(draw).settings.T, draw) for draw in range(DRAWS))
-    write(draws[KEPT][1])
+    a_t = {group: scans.transition(scans.read_streams(method.model, [method.tokenizer.prompt(text) for label, text in lines("dev.txt") if label == group]))
+           for group in ("harmful", "dangerous")}
+
+    def rank(draw):
+        """Higher is better."""
+        drawn = write(draw)
+        harmful, dangerous = ((scans.score(scans.cosines(a_t[group], drawn.d_harm), drawn.settings.classify) >= drawn.settings.T).float().mean().item()
+                              for group in ("harmful", "dangerous"))
+        return min(harmful, REACH), -dangerous
+
+    write(max(range(DRAWS), key=rank))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
