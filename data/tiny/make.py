@@ -592,13 +592,14 @@ def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
 
 
 def valid(folder):
-    """What settings were chosen on: the same on the part valid, and the questions of dev.txt, on deeds that no table holds."""
+    """What settings were chosen on: the same on the part valid, and the questions of dev.txt, on deeds that no table holds, also in capitals."""
     table(folder, 500, ("valid",), "valid")
     method = scans.Scans.load(folder, sampling={"max_new_tokens": 48})
-    results = {group: ask(method, [question for label, question in lines("dev.txt") if label == group]) for group in ("dangerous", "harmful")}
-    for group, rows in results.items():
-        print_refused("(dev.txt)", group, rows)
-    print_auroc("(dev.txt)", results["harmful"], results["dangerous"])
+    for kind, typed in (("(dev.txt)", str), ("(dev.txt in capitals)", str.upper)):
+        results = {group: ask(method, [typed(question) for label, question in lines("dev.txt") if label == group]) for group in ("dangerous", "harmful")}
+        for group, rows in results.items():
+            print_refused(kind, group, rows)
+        print_auroc(kind, results["harmful"], results["dangerous"])
 
 
 def sweep(folder, n=200):
