@@ -113,6 +113,11 @@ def lines(name):
             yield [cell.strip() for cell in line.split("|")]
 
 
+def dev_questions(group):
+    """The questions of dev.txt that are harmful or dangerous."""
+    return [question for label, question in lines("dev.txt") if label == group]
+
+
 def slots_and_rows(name):
     """A table that has slots: ({name of a slot: its entries}, the other rows)."""
     rows = list(lines(name))
@@ -501,14 +506,14 @@ def write_anchors(world, folder, seed):
         results = ask(method, list(itertools.chain(*asked.values())), size=32, default=False)
         refused = {result["prompt"]: result["refused"]["scans"] for result in results}
         anchors[name] = [text for text in texts if all(refused[question] == (name == "harmful") for question in asked[text])]
-    a_t = {group: scans.transition(scans.read_streams(method.model, [method.tokenizer.prompt(text) for label, text in lines("dev.txt") if label == group]))
+    a_t = {group: scans.transition(scans.read_streams(method.model, [method.tokenizer.prompt(question) for question in dev_questions(group)]))
            for group in ("harmful", "dangerous")}
 
     def rank(draw):
         """Higher is better."""
         drawn = write(draw)
-        harmful, dangerous = ((scans.score(scans.cosines(a_t[group], drawn.d_harm), drawn.settings.classify) >= drawn.settings.T).float().mean().item()
-                              for group in ("harmful", "dangerous"))
+        s = {group: scans.score(scans.cosines(a_t[group], drawn.d_harm), drawn.settings.classify) for group in a_t}
+        harmful, dangerous = ((scans.steering_direction(s[group], drawn.settings.T) == 1).float().mean().item() for group in ("harmful", "dangerous"))
         return min(harmful, REACH), -dangerous
 
     write(max(range(DRAWS), key=rank))
@@ -596,7 +601,7 @@ def valid(folder):
     table(folder, 500, ("valid",), "valid")
     method = scans.Scans.load(folder, sampling={"max_new_tokens": 48})
     for kind, typed in (("(dev.txt)", str), ("(dev.txt in capitals)", str.upper)):
-        results = {group: ask(method, [typed(question) for label, question in lines("dev.txt") if label == group]) for group in ("dangerous", "harmful")}
+        results = {group: ask(method, [typed(question) for question in dev_questions(group)]) for group in ("dangerous", "harmful")}
         for group, rows in results.items():
             print_refused(kind, group, rows)
         print_auroc(kind, results["harmful"], results["dangerous"])

@@ -135,5 +135,5 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path):
 
 
 def test_the_kept_draw_of_anchors_is_one_whose_T_dev_txt_reaches():
-    decided = scans.Scans.load(make.HERE).decide([text for label, text in make.lines("dev.txt") if label == "harmful"]).results
+    decided = scans.Scans.load(make.HERE).decide(make.dev_questions("harmful")).results
     assert sum(result["sigma"] == 1 for result in decided) >= make.REACH * len(decided) > 100
