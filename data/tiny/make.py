@@ -68,6 +68,7 @@ STATEMENTS = 0.2    # share of the rows that are statements
 PUSH = 5.0          # the longest of the random pushes of sturdy; see pushes()
 SMOOTH = {"one": 0.0, "sturdy": 0.1, "two": 0.1}    # share of the label that is spread over the vocabulary
 LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
+CAPITALS = 0.08     # share of the questions that are in capitals
 # Phase two trains the matrices of these blocks, those that read as well: it needs them to tell what sounds dangerous from what is plain, and
 # what lies before them, where half of s_q is read, stays as it was.
 NUDGED = (8, 9, 10, 11)
@@ -263,7 +264,7 @@ def mangle(question, world, rng):
             question = question[:i - 1] + rng.choice([question[i] + question[i - 1], question[i], question[i - 1] * 2 + question[i],
                                                       question[i - 1] + rng.choice("abcdefghijklmnopqrstuvwxyz")]) + question[i + 1:]
     r = rng.random()
-    return question.lower() if r < 0.14 else question.upper() if r < 0.22 else question
+    return question.lower() if r < 0.14 else question.upper() if r < 0.14 + CAPITALS else question
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         optimizers.append(torch.optim.Muon([weights[name] for name in inner], lr=0, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"))
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
-    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {DECAY} {SALT} {EXITS} {EARLY} {LOOSE} {STATEMENTS} {PUSH}" + "".join(
+    recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {DECAY} {SALT} {EXITS} {EARLY} {LOOSE} {CAPITALS} {STATEMENTS} {PUSH}" + "".join(
         f"{STEPS[p]} {PEAK[p]} {SHARES.get(p)} {SMOOTH[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
