@@ -513,9 +513,10 @@ def write_anchors(world, folder, seed):
     def rank(draw):
         """Higher is better."""
         drawn = write(draw)
-        s = {group: scans.score(scans.cosines(a_t[group], drawn.d_harm), drawn.settings.classify) for group in a_t}
-        harmful, dangerous = ((scans.steering_direction(s[group], drawn.settings.T) == 1).float().mean().item() for group in ("harmful", "dangerous"))
-        return min(harmful, REACH), -dangerous
+        sigma = {group: scans.steering_direction(scans.score(scans.cosines(a_t[group], drawn.d_harm), drawn.settings.classify), drawn.settings.T)
+                 for group in a_t}
+        reach = {group: (sigma[group] == 1).float().mean().item() for group in sigma}
+        return min(reach["harmful"], REACH), -reach["dangerous"]
 
     write(max(range(DRAWS), key=rank))
 
