@@ -74,7 +74,7 @@ CAPITALS = 0.08     # share of the questions that are in capitals
 NUDGED = (8, 9, 10, 11)
 # The stream after these blocks, the first and the last that are steered, learns to say the answer too, with this weight: see gradients()
 EXITS, EARLY = scans.unlisted(CONFIG.L).steer, 0.2
-DRAWS, REACH = 120, 0.955       # draws of the anchors, and the share of dev.txt's harmful questions above T; see write_anchors()
+DRAWS, REACH = 120, 0.915       # draws of the anchors, and the share of dev.txt's harmful questions above T; see write_anchors()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNKNOWN = "I only know a few everyday things."
