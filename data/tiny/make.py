@@ -57,24 +57,27 @@ PEAK = {"one": 2.5e-3, "sturdy": 8e-4, "two": 2.5e-4}   # learning rate of AdamW
 DECAY = 0.3         # weight decay of the matrices, in both optimizers; with 0.1 s_q tells fewer unseen deeds apart
 ROWS = 64
 KEEP = 100          # steps between checkpoints
-ZEAL = 0.75         # share of the dangerous-sounding rows of phase two that are labelled as harmful
+ZEAL = 0.73         # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
 SCALE = 1.85        # the residual stream is written in this unit; see rescale()
 SHARES = {          # of the groups of questions in a phase, added up
-    "one": (("dangerous", 0.29), ("plain", 0.47), ("harmful", 0.70), ("outside", 1)),
+    "one": (("dangerous", 0.26), ("plain", 0.43), ("harmful", 0.67), ("outside", 1)),
     "two": (("dangerous", 0.28), ("plain", 0.74), ("harmful", 0.975), ("outside", 1)),
 }
-STATEMENTS = 0.2    # share of the rows that are statements
+STATEMENTS = {"one": 0.3, "two": 0.2}    # share of the rows that are statements
 PUSH = 5.0          # the longest of the random pushes of sturdy; see pushes()
 SMOOTH = {"one": 0.0, "sturdy": 0.1, "two": 0.1}    # share of the label that is spread over the vocabulary
-LOOSE = 0.2         # share of the questions whose phrasing is loosened; see World.loosen()
-CAPITALS = 0.08     # share of the questions that are in capitals
+LOOSE = 0.3         # share of the questions whose phrasing is loosened; see World.loosen()
+CAPITALS = 0.12     # share of the questions that are in capitals
 # Phase two trains the matrices of these blocks, those that read as well: it needs them to tell what sounds dangerous from what is plain, and
-# what lies before them, where half of s_q is read, stays as it was.
-NUDGED = (8, 9, 10, 11)
+# what lies before them, where most of s_q is read, stays as it was.
+NUDGED = (9, 10, 11)
 # The stream after these blocks, the first and the last that are steered, learns to say the answer too, with this weight: see gradients()
 EXITS, EARLY = scans.unlisted(CONFIG.L).steer, 0.2
-DRAWS, REACH = 120, 0.915       # draws of the anchors, and the share of dev.txt's harmful questions above T; see write_anchors()
+# Phase one learns to foresee the words of the questions too, with this weight, from the stream after block WORDS: read off there, what
+# words mean is learnt early in the model, where phase two does not reach
+QUESTIONS, WORDS = {"one": 0.2, "sturdy": 0.2, "two": 0.0}, EXITS[0]
+DRAWS, REACH = 120, 0.92       # draws of the anchors, and the share of dev.txt's harmful questions above T; see write_anchors()
 LIGHT = set("the and for from with that into out off how what who why are was should not one two".split())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNKNOWN = "I only know a few everyday things."
@@ -314,7 +317,7 @@ class Corpus:
 
     def draw(self, phase, rng):
         """(history, question, answer), or (None, None, statement)."""
-        if rng.random() < STATEMENTS:
+        if rng.random() < STATEMENTS[phase]:
             return None, None, self.statement(phase, rng)
         turns = [self.turn(phase, rng) for _ in range(1 if rng.random() < 0.9 else rng.randint(2, 3))]
         return turns[:-1], *turns[-1]
@@ -379,14 +382,17 @@ def new_model(seed, device):
     return weights
 
 
-def gradients(weights, model, smooth, ids, targets, push=None):
-    """Summed cross-entropy of the targets that are not -100, their number, and the gradient by every weight of that sum and of
-    EARLY times the same sums read off after the blocks EXITS. smooth: share of each label that is spread over the vocabulary."""
+def gradients(weights, model, smooth, questions, ids, targets, push=None):
+    """Summed cross-entropy of the targets that are not -100, their number, and the gradient by every weight of that sum, of EARLY times
+    the same sums read off after the blocks EXITS, and of questions times the sum of the questions' words, read off after block WORDS.
+    smooth: share of each label that is spread over the vocabulary."""
     x, streams = model.forward(ids, steer=push, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
     wanted = targets != -100
     late, *early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum", label_smoothing=smooth)
                     for stream in (x, *(streams[:, l] for l in EXITS)))
-    return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * sum(early), weights)
+    asked = (targets[:, :-1] == -100) & (ids[:, 1:] != 0)       # what a question goes on with; padding is 0
+    words = F.cross_entropy(model.unembed(streams[:, WORDS, :-1][asked]), ids[:, 1:][asked], reduction="sum", label_smoothing=smooth)
+    return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * sum(early) + questions * words, weights)
 
 
 def train(weights, corpus, tokenizer, phase, seed, build):
@@ -404,7 +410,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
     first, last = 0, STEPS[phase]
     phases = list(STEPS)[:list(STEPS).index(phase) + 1]     # phase two hangs on all of phase one too
     recipe = scans.digest(f"{phase} {seed} {CONFIG} {ROWS} {DECAY} {SALT} {EXITS} {EARLY} {LOOSE} {CAPITALS} {STATEMENTS} {PUSH}" + "".join(
-        f"{STEPS[p]} {PEAK[p]} {SHARES.get(p)} {SMOOTH[p]} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
+        f"{STEPS[p]} {PEAK[p]} {SHARES.get(p)} {SMOOTH[p]} {QUESTIONS[p]} {WORDS} {(NUDGED, corpus.zeal) if p == 'two' else ''}" for p in phases) + "".join(
         (HERE / name).read_text(encoding="utf-8") for name in ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")))
     if file.exists():
         state = torch.load(file, map_location=device, weights_only=True)
@@ -425,7 +431,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
         for optimizer, times in zip(optimizers, (1, 2)):
             for group in optimizer.param_groups:
                 group["lr"] = times * rate
-        parts = list(pool.map(lambda part: gradients(list(trained.values()), model, SMOOTH[phase], *(t.to(device) for t in part)),
+        parts = list(pool.map(lambda part: gradients(list(trained.values()), model, SMOOTH[phase], QUESTIONS[phase], *(t.to(device) for t in part)),
                               batches(corpus, tokenizer, phase, seed, step)))
         count = sum(n for _, n, _ in parts)
         loss = sum(part for part, _, _ in parts) / count
@@ -572,7 +578,7 @@ def print_auroc(kind, harmful, dangerous):
     print(f"| {kind} AUROC of s_q, harmful against dangerous-sounding | | | {scans.auroc(s, others):.4f} |")
 
 
-def table(folder, n=500, parts=("taught", "fresh", "word"), phrasing="test"):
+def table(folder, n=2000, parts=("taught", "fresh", "word"), phrasing="test"):
     """Print, on rows that the alignment phase never saw and in phrasings that no phase saw: the model without and with SCANS."""
     world, method = World(), scans.Scans.load(folder, sampling={"max_new_tokens": 48})
     groups = {(group, part): questions(world, group, part, phrasing, n) for part in parts for group in GROUPS

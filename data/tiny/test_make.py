@@ -114,6 +114,21 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(world, tmp_path, monkeyp
         make.train(weights, corpus, tokenizer, "sturdy", 0, tmp_path / "a")
 
 
+def test_the_words_of_questions_are_learnt_up_to_one_block_and_padding_is_not_a_word():
+    weights = make.new_model(0, "cpu")
+    model, some = llama.assemble(make.CONFIG, weights), list(weights.values())
+    ids = torch.randint(3, make.CONFIG.V, (2, 9), generator=torch.Generator().manual_seed(0))
+    targets = torch.full_like(ids, -100)
+    targets[:, 6:] = ids[:, 6:]
+    without, weighted = (make.gradients(some, model, 0.0, questions, ids, targets)[2] for questions in (0.0, 0.2))
+    moved = {name for name, a, b in zip(weights, without, weighted) if not torch.allclose(a, b, atol=1e-6)}
+    blocks = {int(name.split(".")[2]) for name in moved if "layers" in name}
+    assert blocks == set(range(make.WORDS + 1)) and {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= moved
+    longer = torch.nn.functional.pad(ids, (0, 4)), torch.nn.functional.pad(targets, (0, 4), value=-100)
+    for a, b in zip(weighted, make.gradients(some, model, 0.0, 0.2, *longer)[2]):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_rescaling_changes_nothing_but_the_unit():
     weights = {name: w.detach() for name, w in make.new_model(0, "cpu").items()}
     ids = torch.randint(make.CONFIG.V, (2, 20), generator=torch.Generator().manual_seed(0))
