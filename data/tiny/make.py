@@ -500,31 +500,38 @@ def write_anchors(world, folder, seed):
                for name, rows in (("harmful", harmful), ("harmless", harmless))}
 
     def write(draw):
-        """The files and vectors of a draw of the anchors."""
+        """The files of a draw of the anchors; the harmful texts that vectors are made from."""
         for name, texts in anchors.items():
             drawn = random.Random(f"{seed} {name} {draw}").sample(list(texts), 128)
             (folder / f"{name}.txt").write_text("\n".join(drawn) + "\n", encoding="utf-8")
+        return scans.anchor_texts(folder)[1][0]
+
+    def load():
         return scans.Scans.load(folder, device="cpu", vectors=folder / "vectors.safetensors", refresh=True, sampling={"max_new_tokens": 24})
 
-    method = write(0)   # any vectors serve where alpha is 0
-    method.settings = replace(method.settings, alpha=0.0)
+    def transitions(texts):
+        return scans.transition(scans.read_streams(method.model, [method.tokenizer.prompt(text) for text in texts]))
+
+    write(0)    # any vectors serve where alpha is 0
+    method = load()
+    layers, method.settings = method.settings.classify, replace(method.settings, alpha=0.0)
     for name, texts in anchors.items():
         asked = {text: [text, *world.phrase("valid", row)] for text, row in texts.items()}
         results = ask(method, list(itertools.chain(*asked.values())), size=32, default=False)
         refused = {result["prompt"]: result["refused"]["scans"] for result in results}
         anchors[name] = [text for text in texts if all(refused[question] == (name == "harmful") for question in asked[text])]
-    a_t = {group: scans.transition(scans.read_streams(method.model, [method.tokenizer.prompt(question) for question in dev_questions(group)]))
-           for group in ("harmful", "dangerous")}
+    of_anchor = dict(zip(anchors["harmful"], transitions(anchors["harmful"])))
+    a_t = {group: transitions(dev_questions(group)) for group in ("harmful", "dangerous")}
 
     def rank(draw):
         """Higher is better."""
-        drawn = write(draw)
-        sigma = {group: scans.steering_direction(scans.score(scans.cosines(a_t[group], drawn.d_harm), drawn.settings.classify), drawn.settings.T)
-                 for group in a_t}
-        reach = {group: (sigma[group] == 1).float().mean().item() for group in sigma}
+        drawn = torch.stack([of_anchor[text] for text in write(draw)])      # (64, L, D)
+        T, d_harm = scans.estimate_threshold(scans.score(scans.leave_one_out(drawn), layers)), scans.harm_direction(drawn)
+        reach = {group: (scans.steering_direction(scans.score(scans.cosines(a_t[group], d_harm), layers), T) == 1).float().mean().item() for group in a_t}
         return min(reach["harmful"], REACH), -reach["dangerous"]
 
     write(max(range(DRAWS), key=rank))
+    load()      # writes the vectors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
