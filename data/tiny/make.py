@@ -56,6 +56,9 @@ STEPS = {"one": 5312, "sturdy": 1000, "two": 440}       # of ROWS rows each
 PEAK = {"one": 2.5e-3, "sturdy": 8e-4, "two": 2.5e-4}   # learning rate of AdamW; Muon has twice that
 DECAY = 0.3         # weight decay of the matrices, in both optimizers; with 0.1 s_q tells fewer unseen deeds apart
 ROWS = 64
+# Where a CPU cuts the rows of a step, the longest first, into parts, in 32nds: they pad little, and several run at once. A GPU, which mostly
+# waits for the next operation to be launched, has them all in one
+CUTS = (0, 1, 3, 7, 13, 21, 32)
 KEEP = 100          # steps between checkpoints
 ZEAL = 0.73         # share of the dangerous-sounding rows of phase two that are labelled as harmful
 SALT = 2            # of the split's hash
@@ -337,9 +340,9 @@ def train_tokenizer(corpus, folder, seed):
     (folder / "tokenizer.vocab").unlink()
 
 
-def batches(corpus, tokenizer, phase, seed, step):
-    """The rows of a step in six parts of like length, to pad little: (ids (B, T), targets (B, T)), in sturdy with pushes (B, L, D) too;
-    targets are -100 where nothing is to be learnt, in questions and padding."""
+def batches(corpus, tokenizer, phase, seed, step, cuts):
+    """The rows of a step in parts, cut at these 32nds: (ids (B, T), targets (B, T)), in sturdy with pushes (B, L, D) too; targets are -100 where
+    nothing is to be learnt, in questions and padding."""
     rng = random.Random(f"{seed} {phase} {step}")
     rows = []
     for _ in range(ROWS):
@@ -352,8 +355,7 @@ def batches(corpus, tokenizer, phase, seed, step):
         ids = (prompt + text)[:CONFIG.context]
         rows.append((ids[:-1], [-100] * (len(prompt) - 1) + ids[max(len(prompt), 1):]))
     rows.sort(key=lambda row: -len(row[0]))
-    cuts = [ROWS * k // 32 for k in (0, 1, 3, 7, 13, 21, 32)]
-    for part in (rows[i:j] for i, j in zip(cuts, cuts[1:])):
+    for part in (rows[ROWS * i // 32:ROWS * j // 32] for i, j in zip(cuts, cuts[1:])):
         T = len(part[0][0])
         yield (torch.tensor([ids + [0] * (T - len(ids)) for ids, _ in part]),
                torch.tensor([wanted + [-100] * (T - len(wanted)) for _, wanted in part]), *([pushes(len(part), rng)] if phase == "sturdy" else []))
@@ -432,7 +434,7 @@ def train(weights, corpus, tokenizer, phase, seed, build):
             for group in optimizer.param_groups:
                 group["lr"] = times * rate
         parts = list(pool.map(lambda part: gradients(list(trained.values()), model, SMOOTH[phase], QUESTIONS[phase], *(t.to(device) for t in part)),
-                              batches(corpus, tokenizer, phase, seed, step)))
+                              batches(corpus, tokenizer, phase, seed, step, CUTS if device.type == "cpu" else (0, 32))))
         count = sum(n for _, n, _ in parts)
         loss = sum(part for part, _, _ in parts) / count
         for w, *grads in zip(trained.values(), *(grads for _, _, grads in parts)):

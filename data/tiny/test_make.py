@@ -91,10 +91,10 @@ def test_an_interrupted_run_ends_where_a_whole_one_does(world, tmp_path, monkeyp
     monkeypatch.setattr(make, "KEEP", 2)
     corpus, ends, whole = make.Corpus(world, 1.0), [], make.batches
 
-    def interrupted(corpus, tokenizer, phase, seed, step):
+    def interrupted(corpus, tokenizer, phase, seed, step, cuts):
         if step == 3:
             raise KeyboardInterrupt
-        return whole(corpus, tokenizer, phase, seed, step)
+        return whole(corpus, tokenizer, phase, seed, step, cuts)
     tokenizer = Tokenizer(make.HERE, make.CONFIG.V)
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
