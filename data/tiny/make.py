@@ -389,11 +389,12 @@ def gradients(weights, model, smooth, questions, ids, targets, push=None):
     the same sums read off after the blocks EXITS, and of questions times the sum of the questions' words, read off after block WORDS.
     smooth: share of each label that is spread over the vocabulary."""
     x, streams = model.forward(ids, steer=push, read=torch.arange(ids.shape[1]).expand(ids.shape))      # (B, T, D), (B, L, T, D)
+    def loss(stream, labels, at):
+        return F.cross_entropy(model.unembed(stream[at]), labels[at], reduction="sum", label_smoothing=smooth)
     wanted = targets != -100
-    late, *early = (F.cross_entropy(model.unembed(stream[wanted]), targets[wanted], reduction="sum", label_smoothing=smooth)
-                    for stream in (x, *(streams[:, l] for l in EXITS)))
+    late, *early = (loss(stream, targets, wanted) for stream in (x, *(streams[:, l] for l in EXITS)))
     asked = (targets[:, :-1] == -100) & (ids[:, 1:] != 0)       # what a question goes on with; padding is 0
-    words = F.cross_entropy(model.unembed(streams[:, WORDS, :-1][asked]), ids[:, 1:][asked], reduction="sum", label_smoothing=smooth)
+    words = loss(streams[:, WORDS, :-1], ids[:, 1:], asked)
     return late.item(), int(wanted.sum()), torch.autograd.grad(late + EARLY * sum(early) + questions * words, weights)
 
 
