@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import llama  # noqa: E402
-from data import experiments  # noqa: E402
+from data.experiments import core, figure3_figure5, table2_refusals, table3_capability, table4_speed  # noqa: E402
+from data.experiments.__main__ import main  # noqa: E402
+from data.experiments.figure4_classifier import classifier_metrics  # noqa: E402
 from scans import Scans, auroc, is_refusal  # noqa: E402
 
 TINY = ROOT / "data" / "tiny"
@@ -60,7 +62,7 @@ def command(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["experiments.py", *map(str, args), "--json"])
         capsys.readouterr()
         try:
-            experiments.main()
+            main()
             ended = 0
         except SystemExit as error:
             ended = error.code
@@ -83,53 +85,40 @@ def lines(path):
 def test_wilson_by_hand():
     """n = 10, z = 1.96: k = 0 gives 0 and z^2 / (n + z^2); k = 5 is symmetric around one half."""
     z2 = 3.8414588
-    assert experiments.wilson(0, 10) == pytest.approx([0, 100 * z2 / (10 + z2)], abs=1e-4)
-    low, high = experiments.wilson(5, 10)
+    assert core.percent([False] * 10)[1] == pytest.approx([0, 100 * z2 / (10 + z2)], abs=1e-4)
+    low, high = core.percent([True, False] * 5)[1]
     assert low + high == pytest.approx(100) and low == pytest.approx(23.659, abs=1e-3)
-    assert experiments.percent([True, False, None, True]) == (pytest.approx(200 / 3), experiments.wilson(2, 3))
-    assert experiments.percent([None]) == (None, None)
+    assert core.percent([True, False, None, True]) == (pytest.approx(200 / 3), core.percent([True, False, True])[1])
+    assert core.percent([None]) == (None, None)
 
 
 def test_classifier_metrics_by_hand():
     """Scores .9 H, .8 -, .7 H, .2 -; at .75 one of two found is right, and one of two harmful is found."""
-    m = experiments.classifier_metrics("x", [0.9, 0.8, 0.7, 0.2], [True, False, True, False], 0.75)
+    m, safe = classifier_metrics("x", [0.9, 0.8, 0.7, 0.2], [True, False, True, False], 0.75)
     assert (m["precision"], m["recall"], m["f1"], m["accuracy"], m["wrong"]) == (0.5, 0.5, 0.5, 0.5, 2)
     assert m["auroc"] == 0.75 and m["auprc"] == pytest.approx((1 + 2 / 3) / 2)
-    assert experiments.average_precision([0.5] * 4, [True, False, False, False]) == 0.25           # ties are one step
-    one_kind = experiments.classifier_metrics("x", [0.1, 0.2], [False, False], 0.75)
-    assert [one_kind[key] for key in ("precision", "recall", "f1", "auroc", "auprc")] == [None] * 5 and one_kind["accuracy"] == 1
+    assert safe["auroc"] == 0.75 and safe["auprc"] == pytest.approx((1 + 2 / 3) / 2)    # from below: -, H, -, H
+    ties, _ = classifier_metrics("x", [0.5] * 4, [True, False, False, False], 0.75)
+    assert ties["auprc"] == 0.25                                                        # ties are one step
+    one_kind, _ = classifier_metrics("x", [0.1, 0.2], [False, False], 0.75)
+    assert [one_kind[key] for key in ("precision", "recall", "f1", "auroc", "auprc")] == [None] * 5
+    assert one_kind["accuracy"] == 1
 
 
-def test_classifier_metrics_against_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    draw = torch.Generator().manual_seed(0)
-    harmful = (torch.rand(300, generator=draw) < 0.3).tolist()
-    scores = [round(float(x) + 0.3 * h, 1) for x, h in zip(torch.rand(300, generator=draw), harmful)]   # many ties
-    m = experiments.classifier_metrics("x", scores, harmful, 0.6)
-    found = [s >= 0.6 for s in scores]
-    assert [m["precision"], m["recall"], m["f1"]] == pytest.approx(metrics.precision_recall_fscore_support(harmful, found, average="binary")[:3])
-    assert m["accuracy"] == pytest.approx(metrics.accuracy_score(harmful, found))
-    assert m["auroc"] == pytest.approx(metrics.roc_auc_score(harmful, scores), abs=1e-6)
-    assert m["auprc"] == pytest.approx(metrics.average_precision_score(harmful, scores))
-
-
-def test_rouge_by_hand_and_against_rouge_score():
-    assert experiments.rouge("The cat sat.", "the cat lay") == pytest.approx([200 / 3, 50, 200 / 3])
-    assert experiments.rouge("b a", "a b") == pytest.approx([100, 0, 50])
-    assert experiments.rouge("", "a b") == [0, 0, 0]
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
-    pairs = [("A ferry was late because of fog; the ferry waited.", "Fog made the ferry late, and it waited in the fog."),
-             ("One two three two one", "two one two three"), ("Nothing in common", "at all")]
-    for answer, reference in pairs:
-        want = scorer.score(reference, answer)
-        assert experiments.rouge(answer, reference) == pytest.approx([100 * want[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")])
+def test_either_class_as_the_positive_one():
+    """Of three harmful and one safe, two harmful and the safe one are called harmful."""
+    harmful, safe = classifier_metrics("x", [0.9, 0.8, 0.1, 0.7], [True, True, True, False], 0.5)
+    assert (harmful["positive"], harmful["precision"], harmful["recall"]) == ("harmful", 2 / 3, 2 / 3)
+    assert (safe["positive"], safe["precision"], safe["recall"], safe["f1"]) == ("safe", 0, 0, 0)
+    assert harmful["accuracy"] == safe["accuracy"] == 0.5 and harmful["auroc"] == safe["auroc"] == pytest.approx(2 / 3)
+    assert safe["auprc"] == 0.5 and harmful["auprc"] == pytest.approx((1 + 1 + 3 / 4) / 3)
 
 
 @pytest.mark.parametrize("answer, repetitive", [
     ("Beat it. " * 8, True), ("Sure, " + "no " * 12 + "n", True), ("x" * 40, True), ("Beat it. Beat it.", False), ("Wait.....", False),
     ("Use eggs, flour, sugar, butter, milk, salt, yeast, lemon and water.", False), ("", False)])
 def test_repetitive(answer, repetitive):
-    assert experiments.is_repetitive(answer) == repetitive
+    assert table2_refusals.is_repetitive(answer) == repetitive
 
 
 @pytest.mark.parametrize("kind, refused, answers", [
@@ -152,7 +141,7 @@ def test_refusals(kind, refused, answers):
 def test_labels_and_anchors(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("id,prompt,type,label,focus,note\n1,Kill the lights.,homonyms,safe,,\n2,Burn a shop.,contrast_homonyms,unsafe,,\n")
     (tmp_path / "b.txt").write_text("Whip cream.\n\nKill the lights.\n")
-    items = experiments.read_items([str(tmp_path / "a.csv"), f"safe:{tmp_path / 'b.txt'}"], {"Kill the lights."})
+    items = core.read_items([str(tmp_path / "a.csv"), f"safe:{tmp_path / 'b.txt'}"], {"Kill the lights."})
     assert [(item.prompt, item.label, item.type, item.row) for item in items] == [
         ("Burn a shop.", "unsafe", "contrast_homonyms", 2), ("Whip cream.", "safe", "", 1)]
     assert "2 dropped that are anchors" in capsys.readouterr().err
@@ -204,8 +193,9 @@ def test_eval(whole, files, tiny):
     assert table[files[0], "homonyms"]["n"] == 2 and table[files[1][5:], "all"]["n"] == 2
     right = sum(record["refused"]["scans"] == (record["label"] == "unsafe") for record in records)
     assert result["answers"][1]["average"] == pytest.approx(100 * right / 11)
-    assert [row["classifier"] for row in result["classifier"]] == ["s_q", "guard"]
-    assert result["classifier"][1]["n"] == 9 and result["classifier"][1]["auroc"] == 1
+    assert [row["classifier"] for row in result["classifier"]] == ["s_q", "s_q", "guard", "guard"]
+    assert [row["positive"] for row in result["classifier"]] == ["harmful", "safe"] * 2
+    assert result["classifier"][2]["n"] == 9 and result["classifier"][2]["auroc"] == 1
     assert sum(record["sigma"] == {"safe": 1, "unsafe": -1}[record["label"]] for record in records) == result["classifier"][0]["wrong"]
 
 
@@ -285,8 +275,8 @@ def test_nan_names_layer_and_prompt(files, command, monkeypatch):
         scans = setup(args)
         scans.model.blocks[5].w_down = torch.full_like(scans.model.blocks[5].w_down, math.nan)
         return scans
-    setup = experiments.setup
-    monkeypatch.setattr(experiments, "setup", broken)
+    setup = core.setup
+    monkeypatch.setattr(core, "setup", broken)
     _, said = command("eval", *files, "--batch-size", 1, status=2)
     assert any(f"after layer 5, at {prompt!r}" in said for prompt in SAFE + UNSAFE)
     assert "after layer 5, at prompt" in command("figures", *files, status=2)[1]
@@ -329,17 +319,19 @@ def test_figures(files, command, tiny, tmp_path):
     row, harmful = result["cosines"][7], torch.tensor([False] * 4 + [True] * 5 + [False] * 2)
     assert row["unsafe"] == pytest.approx(float(decision.cosines[harmful, 7].mean()), abs=1e-5)
     assert row["auroc"] == pytest.approx(auroc(decision.cosines[harmful, 7], decision.cosines[~harmful, 7]))
-    assert [row["layer"] for row in result["pca"]] == [2, 6, 11] and experiments.pictured_layers(32) == [8, 19, 31]
+    assert [row["layer"] for row in result["pca"]] == [2, 6, 11] and figure3_figure5.pictured_layers(32) == [8, 19, 31]
     assert "figures need two of each kind" in command("figures", files[1], status=2)[1]
 
 
-def test_principal_components_against_scikit_learn():
-    decomposition = pytest.importorskip("sklearn.decomposition")
-    a = torch.randn(30, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(8, 0, -1)
-    xy, shares = experiments.two_components(a, torch.arange(30) < 10)
-    pca = decomposition.PCA(2).fit(a.numpy())
-    assert shares == pytest.approx(pca.explained_variance_ratio_.tolist(), abs=1e-5)
-    assert torch.allclose(xy.abs(), torch.tensor(pca.transform(a.numpy())).abs(), atol=1e-4) and (xy[:10].mean(0) >= 0).all()
+def test_principal_components_by_hand():
+    """Along (3, 4, 0) from -2 to 2, and across it by one: shares 10 to 2, harmful ones at the plus end of either."""
+    along, across = torch.tensor([3.0, 4.0, 0.0]) / 5, torch.tensor([0.0, 0.0, 1.0])
+    steps, side = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0] * 5 + [-1.0, 1.0])
+    a_t = 7 + steps[:, None] * along + side[:, None] * across
+    harmful = torch.tensor([True, False, False, False, False, True, False])
+    xy, shares = figure3_figure5.two_components(a_t, harmful)
+    assert shares == pytest.approx([10 / 12, 2 / 12])
+    assert torch.allclose(xy, torch.stack((-steps, -side), 1), atol=1e-5)
 
 
 def test_plot_without_matplotlib(files, command, monkeypatch):
@@ -390,7 +382,7 @@ def test_perplexity_is_that_of_transformers(tiny, tmp_path):
     """Without SCANS, on the same windows: the first half as the query, the loss of the second."""
     transformers = pytest.importorskip("transformers")
     (tmp_path / "text.txt").write_text(TEXT)
-    found = experiments.perplexity(tiny, tmp_path / "text.txt", 2)
+    found = table3_capability.perplexity(tiny, tmp_path / "text.txt", 2)
     oracle, tokenizer = transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32), tiny.tokenizer
     ids = tokenizer.encode([TEXT])
     half = (512 - len(tokenizer.prompt("a").ids)) // 2
@@ -406,7 +398,7 @@ def test_perplexity_is_that_of_transformers(tiny, tmp_path):
         tokens += len(answer)
     assert found["n"] == 2 and found["default"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
     assert found["scans"] != found["default"]
-    still = experiments.perplexity(experiments.changed(tiny, sigma=0), tmp_path / "text.txt", 2)
+    still = table3_capability.perplexity(core.changed(tiny, sigma=0), tmp_path / "text.txt", 2)
     assert still["scans"] == still["default"] == pytest.approx(found["default"], rel=1e-6)
 
 
@@ -424,19 +416,19 @@ def mmlu_folder(tmp_path):
 
 
 def test_mmlu(mmlu_folder, tiny):
-    read = experiments.read_mmlu(mmlu_folder, None)
+    read = table3_capability.read_mmlu(mmlu_folder, None)
     assert [(subject, row[5], len(examples)) for subject, row, examples in read] == [("astronomy", "B", 5), ("astronomy", "D", 5), ("marketing", "A", 0)]
     assert read[0][1][0] == "Which of these,\nsay, has rings?"
-    assert experiments.mmlu_query("astronomy", read[1][1], read[1][2][:1]) == (
+    assert table3_capability.mmlu_query("astronomy", read[1][1], read[1][2][:1]) == (
         "The following are multiple choice questions (with answers) about astronomy.\n\nWhich body circles the Earth?\nA. The Moon\nB. Mars\nC. Venus\nD. The Sun\n"
         "Answer: A\n\nWhich is a star?\nA. Mars\nB. Io\nC. Ceres\nD. Sirius\nAnswer:")
-    letters = experiments.letter_ids(tiny.tokenizer)
+    letters = table3_capability.letter_ids(tiny.tokenizer)
     assert [tiny.tokenizer.piece(id) for id in letters] == ["\u2581A", "\u2581B", "\u2581C", "\u2581D"]
-    rows = {row["measure"]: row for row in experiments.mmlu(tiny, mmlu_folder, None, 2)}
+    rows = {row["measure"]: row for row in table3_capability.mmlu(tiny, mmlu_folder, None, 2)}
     right = shortened = 0
     for subject, row, examples in read:  # one by one, in one uncached pass
         for n in range(len(examples), -1, -1):
-            prompt = tiny.tokenizer.prompt(experiments.mmlu_query(subject, row, examples[:n]))
+            prompt = tiny.tokenizer.prompt(table3_capability.mmlu_query(subject, row, examples[:n]))
             if len(prompt.ids) <= 512:
                 break
         shortened += n < len(examples)
@@ -445,7 +437,7 @@ def test_mmlu(mmlu_folder, tiny):
     assert list(rows) == ["MMLU STEM, % right", "MMLU other, % right", "MMLU average, % right"]
     average = rows["MMLU average, % right"]
     assert average["n"] == 3 and average["default"] == pytest.approx(100 * right / 3) and average["shortened"] == shortened
-    assert len(experiments.GROUP) == 43             # with the 14 of "other", the 57 subjects
+    assert len(table3_capability.GROUP) == 43             # with the 14 of "other", the 57 subjects
 
 
 def test_mmlu_files_that_cannot_be(mmlu_folder, command):
@@ -481,15 +473,15 @@ def test_bench(command, monkeypatch):
 
 
 def test_shapes(command, monkeypatch):
-    shapes = {name: experiments.SHAPES[name] for name in ("1b", "7b", "13b")}
+    shapes = {name: table4_speed.SHAPES[name] for name in ("1b", "7b", "13b")}
     for name, millions in (("1b", 1100), ("7b", 6738), ("13b", 13016)):
         D, L, H, K, width = shapes[name]
         size = L * (2 * D * D + 2 * D * D * K // H + 3 * D * width + 2 * D) + D + 2 * 32000 * D
         assert size / 1e6 == pytest.approx(millions, abs=1)
-    monkeypatch.setattr(experiments, "free_bytes", lambda device: 8e9)
+    monkeypatch.setattr(table4_speed, "free_bytes", lambda device: 8e9)
     assert "13.5 GB of weights in float16 and 1 GB beside them, 8.0 GB are free" in command("bench", "--shape", "7b", "--dtype", "float16", status=2)[1]
-    monkeypatch.setitem(experiments.SHAPES, "1b", (64, 6, 4, 2, 96))
-    model = experiments.random_model("1b", torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setitem(table4_speed.SHAPES, "1b", (64, 6, 4, 2, 96))
+    model = table4_speed.random_model("1b", torch.device("cpu"), torch.bfloat16)
     assert model.embed.dtype == torch.bfloat16 and model.config.L == 6 and 0.01 < float(model.blocks[5].w_up.to_dense().float().std()) < 0.03
     result, said = command("bench", "--shape", "1b", "--max-new-tokens", 2, "--trials", 1)
     assert "bfloat16" in said and result["price"][0]["positions"] == 2
