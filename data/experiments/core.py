@@ -1,7 +1,7 @@
 """What the experiments share: flags, labelled prompts, the start of a run, shares in %, tables and pictures.
 
-The results file and the making of answers stand in results.py. Packages beyond the four of requirements.txt are imported
-where they are used; `need` asks for them before anything long begins.
+The results file and the making of answers stand in results.py. Packages beyond the four of requirements.txt
+are imported where they are used; `need` asks for them before anything long begins.
 """
 import contextlib
 import copy
@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scans import (Scans, anchor_texts, digest, fail, find_vectors, load_vectors, number, read_prompts, report, say, settings,
-                   setup, shown)
+from scans import (Scans, anchor_texts, digest, fail, find_vectors, load_vectors, number, read_prompts,
+                   report, say, settings, setup, shown)
 
 FLAGS = {  # those that several experiments have
-    "files": dict(nargs="+", metavar="FILE", help="prompts; safe:FILE or unsafe:FILE where a file has no labels"),
-    "--out": dict(metavar="FILE", help="JSON lines, one a prompt, written as they come; goes on where it stopped"),
+    "files": dict(nargs="+", metavar="FILE", help="prompts; safe:FILE or unsafe:FILE where it has no labels"),
+    "--out": dict(metavar="FILE", help="JSON lines, one a prompt, as they come; goes on where it stopped"),
     "--plot": dict(metavar="DIR", help="write pictures there (needs matplotlib)"),
     "--text": dict(metavar="FILE", help="perplexity of this text"),
-    "--limit": dict(metavar="N", type=number(int, 1), help="at most so many windows, summaries, and questions a subject"),
+    "--limit": dict(metavar="N", type=number(int, 1), help="so many windows, summaries, questions a subject"),
     "--batch-size": dict(metavar="N", type=number(int, 1), default=16, help="queries at a time, 16"),
 }
 
@@ -54,19 +54,19 @@ def batches(things, size):
     return [things[i:i + size] for i in range(0, len(things), size)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is asked: prompts from files, without the anchors
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A labelled prompt and where it stands. scores: the columns score:NAME of its file, another classifier's verdicts."""
+    """A labelled prompt and where it stands."""
     file: str
     row: int        # 1-based, among the prompts of its file
     label: str      # safe or unsafe
     type: str
     prompt: str
-    scores: dict = dataclasses.field(hash=False)
+    scores: dict = dataclasses.field(hash=False)    # columns score:NAME, another classifier's verdicts
 
 
 def read_score(value, place, column):
@@ -80,7 +80,7 @@ def read_score(value, place, column):
 
 
 def read_items(names, anchors=frozenset()):
-    """The Items of files, given as FILE, safe:FILE or unsafe:FILE, without those whose text is an anchor. Raises ValueError."""
+    """The Items of files, given as FILE, safe:FILE or unsafe:FILE, without the anchors. Raises ValueError."""
     items, dropped, seen = [], 0, set()
     for name in names:
         said, path = name.split(":", 1) if name.startswith(("safe:", "unsafe:")) else (None, name)
@@ -94,7 +94,8 @@ def read_items(names, anchors=frozenset()):
                 raise ValueError(f"{place} has no label; give the file as safe:{path} or unsafe:{path}")
             if None not in (row.label, said) and row.label != said:
                 raise ValueError(f"{place} is labelled {row.label}, given as {said}:{path}")
-            scores = {key: read_score(value, place, key) for key, value in row.fields.items() if key and key.startswith("score:")}
+            scores = {key: read_score(value, place, key) for key, value in row.fields.items()
+                      if key and key.startswith("score:")}
             if row.text in anchors:
                 dropped += 1
             else:
@@ -112,17 +113,19 @@ def drawn_anchors(args, draws=None):
     None where --vectors holds other anchors than the flags name: their texts are not known.
     """
     if args.vectors and draws:
-        raise ValueError(f"{args.vectors}: holds one draw of the anchors; --trials and sweep anchors need several, without --vectors")
+        raise ValueError(f"{args.vectors}: holds one draw of the anchors; "
+                         "--trials and sweep anchors need several, without --vectors")
     texts = [anchor_texts(args.model, args.harmful, args.harmless, n, seed)[1]
              for n, seed in draws or [(args.anchors, args.anchor_seed)]]
     if args.vectors and Path(args.vectors).exists() and not args.refresh:
         if load_vectors(args.vectors)[1].get("harmful") != digest("\n".join(texts[0][0])):
-            say(f"anchors   those of {args.vectors} are not in the anchor files at hand: none can be dropped from the prompts")
+            say(f"anchors   those of {args.vectors} are not in the anchor files at hand: "
+                "none can be dropped from the prompts")
             return set()
     return {text for harmful, harmless in texts for text in (*harmful, *harmless)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The start of a run, in one process or in several under torchrun
 
 
@@ -172,16 +175,19 @@ def changed(scans, **attributes):
 
 def with_anchors(scans, args, anchors, seed):
     """A Scans with the vectors of another draw of the anchors."""
+    def extracting(done, total):
+        report(f"extracting vectors: {done} of {total} anchors", done == total)
     with rank_0_first():
-        vectors, _, meta = find_vectors(
-            args.model, scans.model, scans.tokenizer, None, args.refresh, args.harmful, args.harmless, anchors, seed,
-            lambda done, total: report(f"extracting vectors: {done} of {total} anchors", done == total))
-    chosen = settings(vectors, scans.tokenizer.name, args.alpha, args.threshold, args.steer_layers, args.classify_layers)
-    say(f"vectors   {meta['anchors']} + {meta['anchors']} anchors, seed {seed}: T {chosen.T:.4f}, {chosen.T_rule}")
+        vectors, _, meta = find_vectors(args.model, scans.model, scans.tokenizer, None, args.refresh,
+                                        args.harmful, args.harmless, anchors, seed, extracting)
+    chosen = settings(vectors, scans.tokenizer.name, args.alpha, args.threshold, args.steer_layers,
+                      args.classify_layers)
+    n = meta["anchors"]
+    say(f"vectors   {n} + {n} anchors, seed {seed}: T {chosen.T:.4f}, {chosen.T_rule}")
     return Scans(scans.model, scans.tokenizer, vectors, chosen, scans.sigma, scans.sampling)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Shares, tables, pictures
 
 
@@ -196,13 +202,16 @@ def percent(hits):
 
 
 TITLES = {
-    "refusals": "Refused, in % with 95% intervals (Table 2); wrong way: safe queries with sigma +1, unsafe ones with -1",
+    "refusals": "Refused, in % with 95% intervals (Table 2); "
+                "wrong way: safe queries with sigma +1, unsafe ones with -1",
     "answers": "All answers; average: (complied on safe + refused on unsafe) / all, the paper's Avg., in %",
-    "classifier": "Is a query harmful? (Figure 4); positive: the class that is found or missed, safe in the authors' code",
-    "cosines": "Cosine of a_t with d_harm per layer: mean, 10th and 90th percentile (Figure 5), and separation",
-    "pca": "a_t in its first two principal components: share of the variance, centres, separation along the first (Figure 3)",
+    "classifier": "Is a query harmful? (Figure 4); positive: the class to find, safe in the authors' code",
+    "cosines": "Cosine of a_t with d_harm per layer: mean, 10th and 90th percentile (Figure 5), separation",
+    "pca": "a_t in its first two principal components: share of the variance, centres, "
+           "separation along the first (Figure 3)",
     "sweep": "Refused, in %; average: the paper's Avg. (Tables 5 to 7)",
-    "capability": "Capability (Table 3); harmful: items with sigma +1; shortened: fewer examples or a cut document",
+    "capability": "Capability (Table 3); harmful: items with sigma +1; "
+                  "shortened: fewer examples or a cut document",
     "speed": "One query, median of --trials rounds in turn (Table 4)",
     "price": "What SCANS adds to one answer",
     "machine": "What the machine allows one answer without SCANS",
@@ -223,7 +232,7 @@ def column(name, values):
 
 
 def show(result, as_json):
-    """A result {name: rows, or anything for --json alone} on standard output: aligned tables, or one JSON object."""
+    """Print a result {name: rows, or anything for --json alone}: aligned tables, or one JSON object."""
     if as_json:
         print(json.dumps(result, ensure_ascii=False, allow_nan=False))
         return
@@ -249,7 +258,8 @@ def pyplot(folder):
 
 
 def save_plot(figure, args, name):
-    figure.suptitle(f"{Path(args.model).resolve().name}: {', '.join(Path(file).name for file in args.files)}", fontsize=10)
+    files = ", ".join(Path(file).name for file in args.files)
+    figure.suptitle(f"{Path(args.model).resolve().name}: {files}", fontsize=10)
     figure.tight_layout()
     path = Path(args.plot) / f"{name}.png"
     figure.savefig(path, dpi=150)

@@ -1,10 +1,13 @@
-"""Figure 3: the transitions a_t in two principal components. Figure 5: their cosine with d_harm in every layer.
+"""Figure 3: the transitions a_t in two principal components. Figure 5: their cosine with d_harm in every
+layer.
 
-Beside the pictures, numbers: how well each layer parts safe queries from harmful ones (AUROC), and Figure 4's metrics of s_q.
+Beside the pictures, numbers: how well each layer parts safe queries from harmful ones (AUROC), and Figure 4's
+metrics of s_q.
 """
 import torch
 
-from data.experiments.core import drawn_anchors, need, progress, pyplot, read_items, save_plot, share_flags, show, start
+from data.experiments.core import (drawn_anchors, need, progress, pyplot, read_items, save_plot, share_flags,
+                                   show, start)
 from data.experiments.figure4_classifier import classifier_metrics
 from scans import add_flags, auroc, cosines, read_streams, score, transition
 
@@ -18,7 +21,10 @@ def pictured_layers(L):
 
 
 def two_components(a_t, harmful):
-    """Coordinates (n, 2) of a_t (n, D) in its first two principal components, harmful ones towards plus; shares of the variance."""
+    """Coordinates (n, 2) of a_t (n, D) in its first two principal components, and shares of the variance.
+
+    A component has no sign of its own: harmful ones lie towards plus.
+    """
     from sklearn.decomposition import PCA
     pca = PCA(2, svd_solver="full")
     xy = torch.tensor(pca.fit_transform(a_t.numpy()))                                       # (n, 2)
@@ -51,7 +57,8 @@ def cosine_row(l, cos, kinds):
 
 def pca_row(l, xy, shares, kinds):
     """A row of Figure 3's table from the coordinates (n, 2) of layer l."""
-    centres = {f"{name}_{axis}": float(xy[mask, k].mean()) for name, mask in kinds.items() for k, axis in enumerate("xy")}
+    centres = {f"{name}_{axis}": float(xy[mask, k].mean()) for name, mask in kinds.items()
+               for k, axis in enumerate("xy")}
     return {"layer": l, "share_1": shares[0], "share_2": shares[1], **centres,
             "auroc": auroc(xy[kinds["unsafe"], 0], xy[kinds["safe"], 0])}
 
@@ -69,21 +76,23 @@ def run(args):
     harmful = torch.tensor([item.label == "unsafe" for item in items])
     kinds = {"safe": ~harmful, "unsafe": harmful}
     if min(int(mask.sum()) for mask in kinds.values()) < 2:
-        raise ValueError(f"{len(items)} prompts, {int(harmful.sum())} of them unsafe: figures need two of each kind at least")
+        raise ValueError(f"{len(items)} prompts, {int(harmful.sum())} of them unsafe: "
+                         "figures need two of each kind at least")
 
     scans = start(args)
     L, T = scans.model.config.L, scans.settings.T
     layers = pictured_layers(L)
-    cos, seen = read_transitions(scans, items, layers, args.batch_size)                     # (n, L), (n, 3, D)
-    s = score(cos, scans.settings.classify)                                                 # (n)
+    cos, seen = read_transitions(scans, items, layers, args.batch_size)             # (n, L), (n, 3, D)
+    s = score(cos, scans.settings.classify)                                         # (n)
     found = [two_components(seen[:, j], harmful) for j in range(len(layers))]
     points = [xy for xy, _ in found]
     rows = [cosine_row(l, cos[:, l], kinds) for l in range(L)]
     pictures = [pca_row(l, xy, shares, kinds) for l, (xy, shares) in zip(layers, found)]
-    prompts = [{"file": item.file, "row": item.row, "label": item.label, "score": float(s[i]), "cosines": cos[i].tolist(),
-                **{f"layer_{l}": xy[i].tolist() for l, xy in zip(layers, points)}} for i, item in enumerate(items)]
-    show({"cosines": rows, "pca": pictures, "classifier": classifier_metrics("s_q", s.tolist(), harmful.tolist(), T),
-          "prompts": prompts}, args.json)
+    prompts = [{"file": item.file, "row": item.row, "label": item.label, "score": float(s[i]),
+                "cosines": cos[i].tolist(), **{f"layer_{l}": xy[i].tolist() for l, xy in zip(layers, points)}}
+               for i, item in enumerate(items)]
+    metrics = classifier_metrics("s_q", s.tolist(), harmful.tolist(), T)
+    show({"cosines": rows, "pca": pictures, "classifier": metrics, "prompts": prompts}, args.json)
 
     if plt:
         plot_cosines(plt, rows, args)
@@ -94,7 +103,8 @@ def run(args):
 def plot_cosines(plt, rows, args):
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for name, style in STYLES.items():
-        axes.plot([row[name] for row in rows], label=f"{name}, mean and 10th to 90th percentile", markersize=4, **style)
+        label = f"{name}, mean and 10th to 90th percentile"
+        axes.plot([row[name] for row in rows], label=label, markersize=4, **style)
         low, high = ([row[f"{name}_{q}"] for row in rows] for q in (10, 90))
         axes.fill_between(range(len(rows)), low, high, color=style["color"], alpha=0.2)
     axes.set(xlabel="layer", ylabel="cosine of a_t with d_harm")
@@ -115,8 +125,8 @@ def plot_components(plt, layers, points, pictures, kinds, args):
 
 def plot_scores(plt, s, T, kinds, args):
     figure, axes = plt.subplots(figsize=(6.4, 4))
-    axes.hist([s[mask].tolist() for mask in kinds.values()], bins=30, histtype="stepfilled", alpha=0.7, color=["0.8", "0.3"],
-              edgecolor="black", label=list(kinds))
+    axes.hist([s[mask].tolist() for mask in kinds.values()], bins=30, histtype="stepfilled", alpha=0.7,
+              color=["0.8", "0.3"], edgecolor="black", label=list(kinds))
     axes.axvline(T, color="black", linestyle=":", label=f"T = {T:.3f}")
     axes.set(xlabel="score s_q", ylabel="prompts")
     axes.legend(fontsize=8)

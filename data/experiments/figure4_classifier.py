@@ -1,8 +1,10 @@
-"""Figure 4: how well s_q tells harmful queries from safe ones, beside other classifiers whose scores a prompt file has.
+"""Figure 4: how well s_q tells harmful queries from safe ones, beside other classifiers whose scores a prompt
+file has.
 
-Each classifier gives two rows. `positive` names the class that precision, recall, F1 and AUPRC are of. The paper's numbers come
-from code that takes *safe* as the positive class: compare those of its figure with the rows `safe`. (Its AUPRC is a sum of
-trapezoids; here it is scikit-learn's average precision, which does not interpolate.)
+Each classifier gives two rows. `positive` names the class that precision, recall, F1 and AUPRC are of. The
+paper's numbers come from code that takes *safe* as the positive class: compare those of its figure with the
+rows `safe`. (Its AUPRC is a sum of trapezoids; here it is scikit-learn's average precision, which does not
+interpolate.)
 
 Also run by `eval` and `figures`; there is no command of its own.
 """
@@ -10,7 +12,8 @@ import math
 
 
 def classifier_metrics(name, scores, harmful, threshold):
-    """Two rows on `score >= threshold means harmful`, one for each class taken as positive; None where a number is not defined.
+    """Two rows on `score >= threshold means harmful`, one for each class taken as positive; None where a
+    number is not defined.
 
     scores: n floats, higher means more harmful; harmful: n bools.
     """
@@ -25,8 +28,9 @@ def classifier_metrics(name, scores, harmful, threshold):
         truth, guess = [h == kind for h in harmful], [f == kind for f in found]
         some = metrics.precision_recall_fscore_support(truth, guess, average="binary", zero_division=math.nan)
         precision, recall, f1 = (None if math.isnan(value) else float(value) for value in some[:3])
-        auprc = float(metrics.average_precision_score(truth, [sign * score for score in scores])) if both else None
-        rows.append({"classifier": name, "positive": positive, "threshold": threshold, "n": len(scores), "wrong": wrong,
-                     "precision": precision, "recall": recall, "f1": f1, "accuracy": 1 - wrong / len(scores),
-                     "auroc": auroc, "auprc": auprc})
+        ranked = [sign * score for score in scores]
+        rows.append({"classifier": name, "positive": positive, "threshold": threshold, "n": len(scores),
+                     "wrong": wrong, "precision": precision, "recall": recall, "f1": f1,
+                     "accuracy": 1 - wrong / len(scores), "auroc": auroc,
+                     "auprc": float(metrics.average_precision_score(truth, ranked)) if both else None})
     return rows

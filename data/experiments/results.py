@@ -1,7 +1,8 @@
 """Answers to all prompts, shared among processes, and the results file of --out.
 
-The file holds JSON lines, one for each answer. They are written as they come: rank r of torchrun writes to FILE.part<r>. A run
-that was interrupted goes on from all of them, and at the end the file is written anew, in the order of the prompts.
+The file holds JSON lines, one for each answer. They are written as they come: rank r of torchrun writes to
+FILE.part<r>. A run that was interrupted goes on from all of them, and at the end the file is written anew, in
+the order of the prompts.
 
 A file that holds anything else than results of ours is refused and left as it is.
 """
@@ -24,11 +25,11 @@ except ImportError:  # Windows: nothing is locked there
     fcntl = None
 
 BOTH = ("default", "scans")
-FIELDS = {  # of a record, those that the tables or a resumed run look at: the types or values that may stand there
-    "variant": (str,), "file": (str,), "row": (int,), "type": (str,), "label": ("safe", "unsafe"), "prompt": (str,),
-    "score": (float,), "threshold": (float,), "sigma": (-1, 0, 1), "default": (str, None), "scans": (str, None),
-    "refused": dict.fromkeys(BOTH, (bool, None)), "stopped": dict.fromkeys(BOTH, ("eos", "length", "context", None)),
-    "settings": {},
+FIELDS = {  # what a record must have: the types or the values that may stand there
+    "variant": (str,), "file": (str,), "row": (int,), "type": (str,), "label": ("safe", "unsafe"),
+    "prompt": (str,), "score": (float,), "threshold": (float,), "sigma": (-1, 0, 1),
+    "default": (str, None), "scans": (str, None), "refused": dict.fromkeys(BOTH, (bool, None)),
+    "stopped": dict.fromkeys(BOTH, ("eos", "length", "context", None)), "settings": {},
 }
 
 
@@ -42,12 +43,15 @@ def check_record(record, place, fields=FIELDS):
             raise ValueError(f"{place} is no result of this command: it has no {name}")
         if isinstance(kinds, dict):
             check_record(value, place, kinds)
-        elif type(value) not in kinds and value not in kinds or isinstance(value, float) and not math.isfinite(value):
+        elif type(value) not in kinds and value not in kinds or kinds == (float,) and not math.isfinite(value):
             raise ValueError(f"{place} is no result of this command: {name} is {repr(value)[:60]}")
 
 
 def read_records(path):
-    """[(place, record)] of a results file, and how many bytes they take. A half-written last line counts for nothing."""
+    """[(place, record)] of a results file, and how many bytes they take. ValueError for any other file.
+
+    A half-written last line counts for nothing, unless it is the first: then it proves nothing.
+    """
     data = path.read_bytes()
     *lines, half = data.split(b"\n")
     records = []
@@ -65,7 +69,7 @@ def read_records(path):
 
 
 def as_lines(records):
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode(errors="replace")
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
 @dataclasses.dataclass
@@ -83,7 +87,8 @@ class Results:
     def resume(self, want, items):
         """{(variant, file, row): record} of what is done already. want: {variant: its run_settings}.
 
-        Raises ValueError where a record belongs to other settings, prompts, labels, types or scores than those of this run.
+        Raises ValueError where a record belongs to other settings, prompts, labels, types or scores than
+        those of this run.
         """
         asked, done = {(item.file, item.row): item for item in items}, {}
         for place, record in self.records:
@@ -92,15 +97,16 @@ class Results:
                 raise ValueError(f"{place} has {variant}, this run {', '.join(want)}; give another --out")
             item = asked.get((file, row))
             if item is None:
-                raise ValueError(f"{place} has {record['prompt'][:60]!r} as prompt {row} of {file}, this run has not; "
-                                 "give another --out")
-            had = {**record["settings"], **{name: value for name, value in record.items() if name.startswith("score:")}}
-            now = {**want[variant], **item.scores}
+                raise ValueError(f"{place} has {record['prompt'][:60]!r} as prompt {row} of {file}, "
+                                 "this run has not; give another --out")
+            had, now = dict(record["settings"]), {**want[variant], **item.scores}
             for name in ("prompt", "label", "type"):
                 had[name], now[name] = record[name], getattr(item, name)
+            had.update({name: value for name, value in record.items() if name.startswith("score:")})
             for name in now | had:
                 if had.get(name) != now.get(name):
-                    raise ValueError(f"{place} has {name} {had.get(name)!r}, this run {now.get(name)!r}; give another --out")
+                    raise ValueError(f"{place} has {name} {had.get(name)!r}, this run {now.get(name)!r}; "
+                                     "give another --out")
             done[key] = record
 
         if self.path:
@@ -133,7 +139,7 @@ class Results:
 
 @contextlib.contextmanager
 def results(name):
-    """The Results of --out, locked against a second process until the end. ValueError for a file that is not ours."""
+    """The Results of --out, locked against a second process. ValueError for a file that is not ours."""
     path = Path(os.path.realpath(name)) if name else None   # what a link points to, so that the link stays
     if path is None or RANK > 0:
         yield Results(path, [])
@@ -156,16 +162,18 @@ def results(name):
 def run_settings(scans, default, args):
     """What decides an answer, as every record carries it."""
     vectors = b"".join(t.float().cpu().contiguous().numpy().tobytes() for t in (scans.v_r, scans.d_harm))
-    return {"model": fingerprint(args.model), "format": scans.tokenizer.name, "system": scans.tokenizer.system,
-            "dtype": str(scans.model.embed.dtype)[6:], "vectors": digest(vectors), "alpha": scans.settings.alpha,
-            "threshold": scans.settings.T, "sigma": scans.sigma, "steer_layers": scans.settings.steer,
-            "classify_layers": scans.settings.classify, "default": default, **dataclasses.asdict(scans.sampling)}
+    tokenizer, chosen = scans.tokenizer, scans.settings
+    return {"model": fingerprint(args.model), "format": tokenizer.name, "system": tokenizer.system,
+            "dtype": str(scans.model.embed.dtype)[6:], "vectors": digest(vectors), "alpha": chosen.alpha,
+            "threshold": chosen.T, "sigma": scans.sigma, "steer_layers": chosen.steer,
+            "classify_layers": chosen.classify, "default": default, **dataclasses.asdict(scans.sampling)}
 
 
 def collect(variants, items, held, args):
     """Answers to all items under all variants: {name: records in the order of items}.
 
-    variants: {name: (Scans, whether to answer without SCANS too)}; held: Results. What stands there is not done again.
+    variants: {name: (Scans, whether to answer without SCANS too)}; held: Results. What stands there is not
+    done again.
     """
     some, _ = next(iter(variants.values()))
     lengths = {item: len(some.tokenizer.prompt(item.prompt).ids) for item in items}
@@ -191,8 +199,8 @@ def collect(variants, items, held, args):
             scans, default = variants[name]
             answers = scans.answer([item.prompt for item in batch], default)
             records = {(name, item.file, item.row): {
-                "variant": name, "file": item.file, "row": item.row, "type": item.type, "label": item.label, **answer,
-                **item.scores, "settings": want[name]} for item, answer in zip(batch, answers)}
+                "variant": name, "file": item.file, "row": item.row, "type": item.type, "label": item.label,
+                **answer, **item.scores, "settings": want[name]} for item, answer in zip(batch, answers)}
             held.add(records.values())
             new.update(records)
             bar.update(len(batch))

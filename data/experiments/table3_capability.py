@@ -1,8 +1,9 @@
-"""Table 3: what steering costs in capability. Perplexity of a text, MMLU (Hendrycks et al., ICLR 2021), ROUGE of summaries.
+"""Table 3: what steering costs in capability. Perplexity of a text, MMLU (Hendrycks et al., ICLR 2021), ROUGE
+of summaries.
 
-Where the authors' scripts differ: their perplexity puts [/INST] in the middle of each window and averages the loss over both
-halves, of which one is steered. Their MMLU is asked without the chat format, and its anchors' vectors are extracted again for
-each subject while the last steering is still on.
+Where the authors' scripts differ: their perplexity puts [/INST] in the middle of each window and averages the
+loss over both halves, of which one is steered. Their MMLU is asked without the chat format, and its anchors'
+vectors are extracted again for each subject while the last steering is still on.
 """
 import csv
 import dataclasses
@@ -19,16 +20,18 @@ from data.experiments.results import BOTH
 from llama import Sampling
 from scans import add_flags, check_finite, steering
 
-STEM = """abstract_algebra astronomy college_biology college_chemistry college_computer_science college_mathematics college_physics
-    computer_security conceptual_physics electrical_engineering elementary_mathematics high_school_biology high_school_chemistry
-    high_school_computer_science high_school_mathematics high_school_physics high_school_statistics machine_learning"""
-HUMANITIES = """formal_logic high_school_european_history high_school_us_history high_school_world_history international_law
-    jurisprudence logical_fallacies moral_disputes moral_scenarios philosophy prehistory professional_law world_religions"""
-SOCIAL = """econometrics high_school_geography high_school_government_and_politics high_school_macroeconomics
-    high_school_microeconomics high_school_psychology human_sexuality professional_psychology public_relations security_studies
-    sociology us_foreign_policy"""
-GROUP = {subject: name for name, subjects in (("STEM", STEM), ("humanities", HUMANITIES), ("social sciences", SOCIAL))
-         for subject in subjects.split()}       # any other subject is of MMLU's group "other"
+GROUPS = {  # of MMLU's subjects; any other is of the group "other"
+    "STEM": """abstract_algebra astronomy college_biology college_chemistry college_computer_science
+        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
+        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
+        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
+    "humanities": """formal_logic high_school_european_history high_school_us_history
+        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
+        moral_scenarios philosophy prehistory professional_law world_religions""",
+    "social sciences": """econometrics high_school_geography high_school_government_and_politics
+        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
+        professional_psychology public_relations security_studies sociology us_foreign_policy"""}
+GROUP = {subject: name for name, subjects in GROUPS.items() for subject in subjects.split()}
 
 
 def read_text(path):
@@ -53,8 +56,9 @@ def from_p(scans, decision, ids, name):
     Goes on from the unsteered cache of `decision`, steered by each row's sigma if `name` is scans (Eq. 6).
     """
     p = torch.tensor([prompt.p for prompt in decision.prompts])
-    strength = torch.tensor([result["sigma"] * scans.settings.alpha * (name == "scans") for result in decision.results])
-    steer = steering(scans.v_r, strength.to(scans.v_r.device), scans.settings.steer).to(scans.model.embed.dtype)
+    alpha = scans.settings.alpha if name == "scans" else 0.0
+    strength = torch.tensor([result["sigma"] * alpha for result in decision.results], device=scans.v_r.device)
+    steer = steering(scans.v_r, strength, scans.settings.steer).to(scans.model.embed.dtype)
     ids = torch.tensor(ids, device=scans.model.embed.device)
     decision.cache.length = p
     x, _ = scans.model.forward(ids, decision.cache, steer)                                  # (B, T, D)
@@ -66,7 +70,7 @@ def from_p(scans, decision, ids, name):
     return scans.model.unembed(x)                                                           # (B, T, V)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Perplexity
 
 
@@ -74,8 +78,8 @@ def from_p(scans, decision, ids, name):
 def perplexity(scans, path, limit, names=BOTH):
     """exp of the mean loss of a text: {"n": windows, name: perplexity, "harmful": windows with sigma +1}.
 
-    The first half of a window is the query, in the chat format; sigma is decided on it; the loss is that of the second half,
-    as the answer, steered from p.
+    The first half of a window is the query, in the chat format; sigma is decided on it; the loss is that of
+    the second half, as the answer, steered from p.
     """
     window = min(scans.model.config.context, 2048)
     half = (window - len(scans.tokenizer.prompt("a").ids)) // 2
@@ -92,15 +96,16 @@ def perplexity(scans, path, limit, names=BOTH):
             answer = ids[start + half:start + 2 * half]
             answer = answer[:window - prompt.p - 1]  # encoded again, a query may have grown by a token
             for name in names:
-                logits = from_p(scans, decision, [[prompt.ids[prompt.p], *answer[:-1]]], name)  # (1, T, V)
-                loss[name] += float(F.cross_entropy(logits[0], torch.tensor(answer, device=logits.device), reduction="sum"))
+                logits, = from_p(scans, decision, [[prompt.ids[prompt.p], *answer[:-1]]], name)     # (T, V)
+                target = torch.tensor(answer, device=logits.device)
+                loss[name] += float(F.cross_entropy(logits, target, reduction="sum"))
             tokens += len(answer)
             harmful += decision.results[0]["sigma"] == 1
             bar.update()
     return {"n": len(starts), **{name: math.exp(loss[name] / tokens) for name in names}, "harmful": harmful}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # MMLU
 
 
@@ -114,12 +119,14 @@ def read_questions(path, most):
 
 
 def read_mmlu(folder, limit):
-    """[(subject, question row, example rows)] from folder/test/SUBJECT_test.csv and folder/dev/SUBJECT_dev.csv, without headers.
+    """[(subject, question row, example rows)] from folder/test/SUBJECT_test.csv and
+    folder/dev/SUBJECT_dev.csv, without headers.
 
     The folders are also found as mmlu_test and mmlu_dev.
     """
     def part(name):
-        return next((path for path in (Path(folder) / name, Path(folder) / f"mmlu_{name}") if path.is_dir()), Path(folder) / name)
+        plain, prefixed = Path(folder) / name, Path(folder) / f"mmlu_{name}"
+        return prefixed if prefixed.is_dir() and not plain.is_dir() else plain
 
     asked = []
     for path in sorted(part("test").glob("*_test.csv")):
@@ -134,16 +141,19 @@ def read_mmlu(folder, limit):
 def mmlu_query(subject, row, examples):
     """Worked examples, then the question, as in Hendrycks et al."""
     def lines(row, answer):
-        return "\n".join([row[0], *(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5])), f"Answer:{answer}"])
-    return "\n\n".join([f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.",
+        choices = (f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
+        return "\n".join([row[0], *choices, f"Answer:{answer}"])
+    subject = subject.replace("_", " ")
+    return "\n\n".join([f"The following are multiple choice questions (with answers) about {subject}.",
                         *(lines(example, " " + example[5].strip()) for example in examples), lines(row, "")])
 
 
 def letter_ids(tokenizer):
-    """The ids of A, B, C, D where an answer starts: with the format's joint before them, such as the piece "▁A"."""
+    """The ids of A, B, C, D where an answer starts, behind the format's joint: of the piece "▁A", say."""
     joint, ids = tokenizer.format.r_pos.removesuffix("Sure"), []
     for letter in "ABCD":
-        prompt = changed(tokenizer, format=dataclasses.replace(tokenizer.format, r_pos=joint + letter)).prompt("a")
+        format = dataclasses.replace(tokenizer.format, r_pos=joint + letter)
+        prompt = changed(tokenizer, format=format).prompt("a")
         if prompt.e != prompt.p + 1:
             raise ValueError(f"the answer {letter} has {prompt.e - prompt.p} tokens here, need 1")
         ids.append(prompt.ids[prompt.e])
@@ -151,18 +161,19 @@ def letter_ids(tokenizer):
 
 
 def fit_question(scans, place, subject, row, examples):
-    """The query with as many examples as the context holds, its length in tokens, and whether some were left out."""
+    """The query with as many examples as the context holds, its length, and whether any was left out."""
     for n in range(len(examples), -1, -1):
         query = mmlu_query(subject, row, examples[:n])
         length = len(scans.tokenizer.prompt(query).ids)
         if length <= scans.model.config.context:
             return query, length, n < len(examples)
-    raise ValueError(f"{place}, of {subject}, has {length} tokens, the model's context is {scans.model.config.context}")
+    raise ValueError(f"{place}, of {subject}, has {length} tokens, "
+                     f"the model's context is {scans.model.config.context}")
 
 
 @torch.inference_mode()
 def mmlu(scans, folder, limit, size, names=BOTH):
-    """Rows of the table: % of questions of each group, and of all, where the right letter has the highest logit after p."""
+    """Rows of the table: % of the questions where the right letter has the highest logit after p."""
     letters, asked = letter_ids(scans.tokenizer), []
     for number, (subject, row, examples) in enumerate(read_mmlu(folder, limit), 1):
         query, length, shortened = fit_question(scans, f"{folder}: question {number}", subject, row, examples)
@@ -172,7 +183,8 @@ def mmlu(scans, folder, limit, size, names=BOTH):
         for batch in batches(sorted(asked, key=lambda question: question[0]), size):
             decision = reader.decide([query for _, query, *_ in batch])
             ids = [[prompt.ids[prompt.p]] for prompt in decision.prompts]
-            chosen = {name: from_p(scans, decision, ids, name)[:, 0, letters].argmax(-1).tolist() for name in names}
+            chosen = {name: from_p(scans, decision, ids, name)[:, 0, letters].argmax(-1).tolist()
+                      for name in names}
             for i, (_, _, subject, answer, shortened) in enumerate(batch):
                 marks = {**{name: chosen[name][i] == answer for name in names}, "shortened": shortened,
                          "harmful": decision.results[i]["sigma"] == 1}
@@ -182,18 +194,18 @@ def mmlu(scans, folder, limit, size, names=BOTH):
 
     def row(group, marks):
         count = {key: sum(mark[key] for mark in marks) for key in marks[0]}
-        return {"measure": f"MMLU {group}, % right", "n": len(marks), **{name: 100 * count[name] / len(marks) for name in names},
+        shares = {name: 100 * count[name] / len(marks) for name in names}
+        return {"measure": f"MMLU {group}, % right", "n": len(marks), **shares,
                 "harmful": count["harmful"], "shortened": count["shortened"]}
-    order = ("STEM", "humanities", "social sciences", "other", "average")
-    return [row(group, groups[group]) for group in order if group in groups]
+    return [row(group, groups[group]) for group in (*GROUPS, "other", "average") if group in groups]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Summaries
 
 
 def read_documents(scans, path, limit, new):
-    """[(query, reference summary, whether the document was cut)]; documents are cut to leave room for `new` tokens."""
+    """[(query, reference, whether the document was cut)]; it is cut to leave room for `new` tokens."""
     def query(document):
         return f"Document: {document}\nSummarize the document in one sentence."
 
@@ -213,7 +225,7 @@ def read_documents(scans, path, limit, new):
 
 
 def summaries(scans, path, limit, size, names=BOTH):
-    """Rows of the table: ROUGE F1 (Lin, 2004), in %, of one-sentence summaries, up to 64 tokens, against those of the file."""
+    """Rows of the table: ROUGE F1 (Lin, 2004), in %, of summaries of up to 64 tokens against the file's."""
     from rouge_score.rouge_scorer import RougeScorer
     kinds = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
     scorer, asked = RougeScorer(list(kinds)), read_documents(scans, path, limit, 64)
@@ -232,7 +244,7 @@ def summaries(scans, path, limit, size, names=BOTH):
              "harmful": harmful, "shortened": sum(cut for *_, cut in asked)} for kind, title in kinds.items()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The command
 
 

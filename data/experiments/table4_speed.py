@@ -1,7 +1,9 @@
-"""Table 4: speed and memory of one query, without SCANS, with it, and of both answers. Needs no package beyond the four.
+"""Table 4: speed and memory of one query, without SCANS, with it, and of both answers. Needs no package
+beyond the four.
 
-Prompts are random ids, and --shape takes random weights: what a machine would do with a model that is not there yet.
-Each figure is the median of several rounds, in which the modes run in turn: what else the machine does hits all alike.
+Prompts are random ids, and --shape takes random weights: what a machine would do with a model that is not
+there yet. Each figure is the median of several rounds, in which the modes run in turn: what else the machine
+does hits all alike.
 """
 import dataclasses
 import math
@@ -16,7 +18,8 @@ import torch
 import llama
 from data.experiments.core import show
 from llama import Cache, Sampling
-from scans import Scans, add_flags, choose_device, choose_threads, extract, number, report, say, settings, shown
+from scans import (Scans, add_flags, choose_device, choose_threads, extract, number, report, say, settings,
+                   shown)
 from tokenizer import FORMATS, Prompt
 
 SHAPES = {  # D, L, H, K, F of TinyLlama-1.1B, Llama-2-7b, Llama-2-13b
@@ -39,7 +42,7 @@ class RandomPrompts:
         return ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Random weights
 
 
@@ -58,24 +61,24 @@ def random_model(shape, device, dtype, packed=True):
     Raises ValueError if it will not fit.
     """
     D, L, H, K, width = SHAPES[shape]
-    config = llama.Config(D=D, L=L, H=H, K=K, E=D // H, F=width, V=32000, context=4096, norm_eps=1e-5, rope_theta=1e4,
-                          rope_factor=1.0, window=None, tied=False, eos=())
+    config = llama.Config(D=D, L=L, H=H, K=K, E=D // H, F=width, V=32000, context=4096, norm_eps=1e-5,
+                          rope_theta=1e4, rope_factor=1.0, window=None, tied=False, eos=())
     names, tensors = llama.checkpoint_names(config), {}
     wanted = sum(math.prod(size) for _, _, size in names.values()) * dtype.itemsize
     if wanted + 2**30 > free_bytes(device):
-        raise ValueError(f"--shape {shape}: {wanted / 1e9:.1f} GB of weights in {str(dtype)[6:]} and 1 GB beside them, "
-                         f"{free_bytes(device) / 1e9:.1f} GB are free on {device}")
+        raise ValueError(f"--shape {shape}: {wanted / 1e9:.1f} GB of weights in {str(dtype)[6:]} "
+                         f"and 1 GB beside them, {free_bytes(device) / 1e9:.1f} GB are free on {device}")
     noise = (0.02 * torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0))).to(device, dtype)
     for name, (_, field, size) in names.items():
         tensor = torch.ones(size, device=device, dtype=dtype)   # as norms are
         if len(size) > 1:
-            for piece in tensor.view(-1).split(len(noise)):     # the same noise again and again: quick, and as good here
+            for piece in tensor.view(-1).split(len(noise)):     # the same noise over and over: quick
                 piece.copy_(noise[:len(piece)])
         tensors[name] = llama.pack(field, tensor) if packed else tensor
     return llama.assemble(config, tensors)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is measured
 
 
@@ -89,7 +92,7 @@ def timed(work):
 
 
 def with_peak(device, work):
-    """What work() returns, and the most memory held meanwhile: on the GPU, or by this process; None where neither tells."""
+    """What work() returns, and the most bytes held meanwhile by the GPU or this process; None if unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return work(), torch.cuda.max_memory_allocated(device)
@@ -101,7 +104,7 @@ def with_peak(device, work):
 
 @torch.inference_mode()
 def prefilled(model, ids, new):
-    """A cache with room for `new` more tokens that holds all of ids (T) but the last, as `llama.generate` wants it."""
+    """A cache of all ids (T) but the last, with room for `new` more tokens, as `llama.generate` wants it."""
     cache = Cache(model.config, 1, len(ids) + new, model.embed)
     x, _ = model.forward(torch.tensor([ids[:-1]], device=model.embed.device), cache)
     x[0, -1, 0].item()  # a GPU has now ended
@@ -110,7 +113,7 @@ def prefilled(model, ids, new):
 
 @torch.inference_mode()
 def plain(scans):
-    """One answer in our own code without SCANS: seconds of the prompt and of the decoding, positions run but for the new ones."""
+    """One answer without SCANS: seconds of prompt and decoding, positions run but for the new ones."""
     prompt = scans.tokenizer.prompt("")
     ids = prompt.ids[:prompt.p + 1]
     cache, before = timed(lambda: prefilled(scans.model, ids, scans.sampling.max_new_tokens))
@@ -122,7 +125,8 @@ def steered(scans, default):
     """The same with SCANS, or of both answers."""
     result, = scans.answer(["x"], default)
     seconds = result["seconds"]
-    return {"prompt": seconds["score"], "decoding": seconds["answers"], "positions": result["positions"]["scans"]}
+    return {"prompt": seconds["score"], "decoding": seconds["answers"],
+            "positions": result["positions"]["scans"]}
 
 
 MODES = {"without SCANS": plain, "with SCANS": lambda scans: steered(scans, False),
@@ -137,7 +141,8 @@ def rounds(scans, device, trials):
         one, peak = with_peak(device, lambda: MODES[name](scans))
         report(f"{done + 1} of {total} runs", done + 1 == total)
         if done >= len(MODES):
-            runs[name].append({**one, "seconds": one["prompt"] + one["decoding"], "peak_MB": peak and peak / 1e6})
+            seconds = one["prompt"] + one["decoding"]
+            runs[name].append({**one, "seconds": seconds, "peak_MB": peak and peak / 1e6})
     return runs
 
 
@@ -148,14 +153,15 @@ def median(some, key):
 def speed_row(name, some, new):
     seconds = [one["seconds"] for one in some]
     return {"mode": name, "prompt_per_second": PROMPT / median(some, "prompt"),
-            "tokens_per_second": new / median(some, "decoding"), "seconds": statistics.median(seconds), "least": min(seconds),
-            "most": max(seconds), "positions": some[0]["positions"], "peak_MB": median(some, "peak_MB")}
+            "tokens_per_second": new / median(some, "decoding"), "seconds": statistics.median(seconds),
+            "least": min(seconds), "most": max(seconds), "positions": some[0]["positions"],
+            "peak_MB": median(some, "peak_MB")}
 
 
 def price_row(without, steered, step):
     """What SCANS adds, from rounds of both; step: seconds of one decoding step."""
-    pairs = [{key: b[key] and b[key] - a[key] for key in a} | {"percent": 100 * (b["seconds"] / a["seconds"] - 1)}
-             for a, b in zip(without, steered)]
+    pairs = [{**{key: b[key] and b[key] - a[key] for key in a},
+              "percent": 100 * (b["seconds"] / a["seconds"] - 1)} for a, b in zip(without, steered)]
     price = {key: median(pairs, key) for key in ("positions", "seconds", "percent", "peak_MB")}
     return {**price, "decoding_steps": price["seconds"] / step}
 
@@ -166,12 +172,12 @@ def machine_row(model, device, step):
     bandwidth = block.nbytes / min(timed(lambda: block.sum().item())[1] for _ in range(5))
     embedding = 0 if model.config.tied else model.embed.numel()     # of the input embedding, one row is read
     read = (model.size() - embedding) * model.embed.itemsize
-    return {"weights_GB": read / 1e9, "read_GB_per_second": bandwidth / 1e9, "limit_tokens_per_second": bandwidth / read,
-            "share_reached": read / step / bandwidth}
+    return {"weights_GB": read / 1e9, "read_GB_per_second": bandwidth / 1e9,
+            "limit_tokens_per_second": bandwidth / read, "share_reached": read / step / bandwidth}
 
 
 def flags(parser):
-    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of that shape in place of --model")
+    parser.add_argument("--shape", choices=list(SHAPES), help="random weights of that shape, not --model")
     parser.add_argument("--trials", metavar="N", type=number(int, 1), default=5, help="rounds, 5")
     add_flags(parser)
 
@@ -187,17 +193,20 @@ def run(args):
     choose_threads(model, args.threads)
     config, new = model.config, 64 if args.max_new_tokens is None else max(1, args.max_new_tokens)
     if PROMPT + new > config.context:
-        raise ValueError(f"--max-new-tokens {new}: with a prompt of {PROMPT} tokens, the model's context of {config.context} "
-                         f"holds {config.context - PROMPT}")
-    about = {"model": args.shape or str(shown(args.model)), "parameters": model.size(), "dtype": str(model.embed.dtype)[6:],
-             "device": str(device), "threads": torch.get_num_threads(), "prompt_tokens": PROMPT, "new_tokens": new}
-    say(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items()) + "; prompts of random ids")
+        raise ValueError(f"--max-new-tokens {new}: {PROMPT} tokens of the prompt and {new} new ones, "
+                         f"the model's context is {config.context}")
+    about = {"model": args.shape or str(shown(args.model)), "parameters": model.size(),
+             "dtype": str(model.embed.dtype)[6:], "device": str(device), "threads": torch.get_num_threads(),
+             "prompt_tokens": PROMPT, "new_tokens": new}
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in about.items())
+    say(f"{facts}; prompts of random ids")
 
     draw = RandomPrompts(config.V, ANCHOR)
     harmful, harmless = ([draw.prompt("") for _ in range(64)] for _ in range(2))
     (vectors, seconds), peak = with_peak(device, lambda: timed(lambda: extract(model, harmful, harmless)))
     chosen = settings(vectors, "llama-2", args.alpha, 0.5, args.steer_layers, args.classify_layers)
-    scans = Scans(model, RandomPrompts(config.V, PROMPT), vectors, chosen, args.sigma, Sampling(max_new_tokens=new))
+    prompts, sampling = RandomPrompts(config.V, PROMPT), Sampling(max_new_tokens=new)
+    scans = Scans(model, prompts, vectors, chosen, args.sigma, sampling)
     runs = rounds(scans, device, args.trials)
     step = median(runs["without SCANS"], "decoding") / new
     show({"about": about, "speed": [speed_row(name, some, new) for name, some in runs.items()],

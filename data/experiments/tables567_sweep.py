@@ -1,7 +1,8 @@
-"""Tables 5, 6 and 7: the rates over a range of the steering layers, of alpha, or of T; and two sweeps that the paper has not.
+"""Tables 5, 6 and 7: the rates over a range of the steering layers, of alpha, or of T; and two sweeps that
+the paper has not.
 
-`anchors` varies how many anchors there are. `random` is the control: unit vectors that mean nothing in place of v_r, in the same
-layers, with the same sigma.
+`anchors` varies how many anchors there are. `random` is the control: unit vectors that mean nothing in place
+of v_r, in the same layers, with the same sigma.
 """
 import argparse
 import dataclasses
@@ -10,15 +11,16 @@ import itertools
 import torch
 import torch.nn.functional as F
 
-from data.experiments.core import (RANK, changed, drawn_anchors, need, percent, pyplot, read_items, save_plot, share_flags, show,
-                                   start, with_anchors)
+from data.experiments.core import (RANK, changed, drawn_anchors, need, percent, pyplot, read_items, save_plot,
+                                   share_flags, show, start, with_anchors)
 from data.experiments.results import collect, results
 from data.experiments.table2_refusals import average, by_file, defects, rates, texts_of
 from data.experiments.table3_capability import perplexity
 from scans import add_flags, number, parse_layers, segments, show_layers
 
-VALUES = {"alpha": number(float, 0), "threshold": number(float, -2, 2), "layers": parse_layers, "anchors": number(int, 2),
-          "random": number(int, 0)}     # what --values holds
+VALUES = {  # what --values holds
+    "alpha": number(float, 0), "threshold": number(float, -2, 2), "layers": parse_layers,
+    "anchors": number(int, 2), "random": number(int, 0)}
 
 
 def by_alpha(scans, args):
@@ -29,13 +31,15 @@ def by_alpha(scans, args):
 def by_layers(scans, args):
     chosen, L = scans.settings, scans.model.config.L
     named = {show_layers(layers): layers for layers in args.values or []} or {
-        f"{show_layers(list(layers))} {name}": list(layers) for name, layers in segments(L).items() if layers}  # Table 5
+        f"{show_layers(list(layers))} {name}": list(layers)
+        for name, layers in segments(L).items() if layers}      # Table 5
     for layers in named.values():
         if max(layers) >= L:
             raise ValueError(f"--values: layers {show_layers(layers)}, the model has 0-{L - 1}")
     if chosen.steer not in named.values():
         named[f"{show_layers(chosen.steer)} as set"] = chosen.steer
-    return {name: changed(scans, settings=dataclasses.replace(chosen, steer=layers)) for name, layers in named.items()}
+    return {name: changed(scans, settings=dataclasses.replace(chosen, steer=layers))
+            for name, layers in named.items()}
 
 
 def by_random(scans, args):
@@ -51,19 +55,22 @@ def by_anchors(scans, args):
 
 
 def by_threshold(scans, args):
-    """Both answers that SCANS can give to a query. Eq. 5 chooses between them at any T, see `at_thresholds`."""
+    """Both answers that SCANS can give. Eq. 5 chooses between them at any T, see `at_thresholds`."""
     return {"sigma -1": changed(scans, sigma=-1), "sigma 1": changed(scans, sigma=1)}
 
 
-VARIANTS = {"alpha": by_alpha, "threshold": by_threshold, "layers": by_layers, "anchors": by_anchors, "random": by_random}
+VARIANTS = {  # functions that give {row's name: its Scans}
+    "alpha": by_alpha, "threshold": by_threshold, "layers": by_layers, "anchors": by_anchors,
+    "random": by_random}
 
 
 def at_thresholds(benign, harmful, values, T):
-    """{row's name: records} under each threshold (Table 7), from those steered away from refusal and those towards it."""
+    """{row's name: records} under each T (Table 7), from those steered against refusal and towards it."""
     scores = [record["score"] for record in benign]
     values = values or sorted({T, *torch.linspace(min(scores), max(scores), 9).tolist()})
-    return {f"{value:.4f}{' as set' * (value == T)}": [{**(minus if minus["score"] < value else plus), "threshold": value}
-                                                       for minus, plus in zip(benign, harmful)] for value in values}
+    return {f"{value:.4f}{' as set' * (value == T)}":
+            [{**(minus if minus["score"] < value else plus), "threshold": value}        # Eq. 5
+             for minus, plus in zip(benign, harmful)] for value in values}
 
 
 def sweep_row(setting, value, records, name):
@@ -72,7 +79,8 @@ def sweep_row(setting, value, records, name):
     for (file, label), group in by_file(records).items():
         row[f"{file} {label}"], _ = percent([record["refused"][name] for record in group])
     row["average"], _ = average(records, name)
-    return {**row, "wrong_way": rates(records)["wrong_way"] if name == "scans" else None, **defects(texts_of(records, name))}
+    wrong = rates(records)["wrong_way"] if name == "scans" else None
+    return {**row, "wrong_way": wrong, **defects(texts_of(records, name))}
 
 
 def flags(parser):
@@ -92,7 +100,8 @@ def run(args):
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--values: {error}") from None
     if args.setting == "threshold" and (args.sigma is not None or args.text):
-        raise ValueError(f"sweep threshold chooses between known answers: no {'--text' if args.text else '--sigma'}")
+        unused = "--text" if args.text else "--sigma"
+        raise ValueError(f"sweep threshold chooses between known answers: no {unused}")
     draws = None
     if args.setting == "anchors":
         most = args.anchors or 64
@@ -117,7 +126,8 @@ def run(args):
     if args.text:
         variants["without SCANS"] = changed(scans, sigma=0)
         for row in rows:
-            row["perplexity"] = perplexity(variants[row[args.setting]], args.text, args.limit, ("scans",))["scans"]
+            some = variants[row[args.setting]]
+            row["perplexity"] = perplexity(some, args.text, args.limit, ("scans",))["scans"]
     show({"setting": args.setting, "sweep": rows}, args.json)
     if plt:
         plot_rows(plt, rows, args)
@@ -126,8 +136,10 @@ def run(args):
 def plot_rows(plt, rows, args):
     figure, axes = plt.subplots(figsize=(7, 4))
     curves = [key for key in rows[0] if key == "average" or key.endswith((" safe", " unsafe"))]
-    for key, marker, style in zip(curves, itertools.cycle("ox^sDv+*"), itertools.cycle(("-", "--", ":", "-."))):
-        axes.plot([row[key] for row in rows], marker=marker, linestyle=style, color="black", mfc="none", linewidth=1, label=key)
+    styles = zip(itertools.cycle("ox^sDv+*"), itertools.cycle(("-", "--", ":", "-.")))
+    for key, (marker, style) in zip(curves, styles):
+        axes.plot([row[key] for row in rows], marker=marker, linestyle=style, color="black", mfc="none",
+                  linewidth=1, label=key)
     axes.set_xticks(range(len(rows)), [row[args.setting] for row in rows], rotation=30, ha="right")
     axes.set(xlabel=args.setting, ylabel="refused, in % (average: right, in %)", ylim=(-3, 103))
     axes.legend(fontsize=8)

@@ -1,11 +1,14 @@
-"""Proof of the experiments: metrics by hand and against reference packages, every command on the embedded model.
+"""Proof of the experiments: metrics by hand and against reference packages, every command on the embedded
+model.
 
-Prompts are our own sentences in the layouts of the data sets; the answers of data/tiny to them do not matter here, only that
-they are the same however they were come by.
+Prompts are our own sentences in the layouts of the data sets; the answers of data/tiny to them do not matter
+here, only that they are the same however they were come by.
 """
 import csv
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +61,8 @@ def tiny():
 @pytest.fixture
 def command(capsys, monkeypatch):
     """Runs a command here and gives its object of --json (None if it failed) and what it said."""
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["experiments.py", *map(str, args), "--json"])
+    def run(*args, status=0, flags=["--json"]):
+        monkeypatch.setattr(sys, "argv", ["experiments", *map(str, args), *flags])
         capsys.readouterr()
         try:
             main()
@@ -160,6 +163,8 @@ def test_files_that_cannot_be(tmp_path, command, content, given, message):
 def test_parquet_and_twice(tmp_path, command, files):
     assert "convert it" in command("eval", tmp_path / "x.parquet", status=2)[1]
     assert "given twice" in command("eval", files[0], files[0], status=2)[1]
+    (tmp_path / "other.csv").symlink_to(files[0])
+    assert "other.csv: given twice" in command("eval", files[0], tmp_path / "other.csv", status=2)[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,6 +247,74 @@ def test_other_prompts_and_other_files_are_refused(whole, files, command, tmp_pa
     assert "as prompt 1 of" in command("eval", files[0], "--max-new-tokens", 12, "--out", out, status=2)[1]
     out.write_text("{}\n")
     assert "line 1 is no result of this command" in command("eval", files[0], "--max-new-tokens", 12, "--out", out, status=2)[1]
+
+
+def test_only_a_results_file_is_written_to(whole, files, command, tmp_path):
+    """Another file, a half-written first line, a pipe: refused before a model is loaded, and left as they are."""
+    out = tmp_path / "notes"
+    for content in ("precious", "precious\n", "[]\n", "prompt,label\nWhip cream.,safe\n", whole[0].read_text()[:60]):
+        out.write_text(content)
+        said = command("eval", *files, "--model", "none", "--out", out, status=2)[1]
+        assert "notes: line 1 is no result of this command" in said and out.read_text() == content
+    out.unlink()
+    os.mkfifo(out)
+    assert "no regular file" in command("eval", *files, "--out", out, status=2)[1]
+    (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
+    command("eval", *files, "--max-new-tokens", 0, "--out", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(lines(tmp_path / "out.jsonl")) == 11
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("label", "harmful", "label is 'harmful'"), ("label", "unsafe", "has label 'unsafe', this run 'safe'"),
+    ("type", "other words", "has type 'other words', this run 'other'"), ("type", None, "type is None"),
+    ("score:guard", 0.7, "has score:guard 0.7, this run 0.0"), ("score:other", 0.7, "has score:other 0.7, this run None"),
+    ("score", "high", "score is 'high'"), ("score", math.nan, "score is nan"), ("score", ..., "it has no score"),
+    ("row", 1.5, "row is 1.5"), ("row", True, "row is True"), ("sigma", 2, "sigma is 2"), ("scans", 3, "scans is 3"),
+    ("refused", {"default": "no", "scans": None}, "default is 'no'"), ("refused", [], "no result of this command: []"),
+    ("stopped", {"default": None}, "it has no scans"), ("settings", 1, "no result of this command: 1")])
+def test_records_that_cannot_be(whole, files, command, tmp_path, field, value, message):
+    record = json.loads(whole[0].read_text().splitlines()[0])
+    record[field] = value
+    text = json.dumps({key: value for key, value in record.items() if value is not ...}) + "\n"
+    (tmp_path / "out.jsonl").write_text(text)
+    said = command("eval", *files, "--max-new-tokens", 12, "--out", tmp_path / "out.jsonl", status=2)[1]
+    assert "out.jsonl: line 1" in said and message in said
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_labels_given_anew_are_another_run(command, tmp_path):
+    (tmp_path / "q.txt").write_text("Whip cream.\n")
+    flags = ["--max-new-tokens", 2, "--out", tmp_path / "out.jsonl"]
+    command("eval", f"safe:{tmp_path / 'q.txt'}", *flags)
+    assert "has label 'safe', this run 'unsafe'" in command("eval", f"unsafe:{tmp_path / 'q.txt'}", *flags, status=2)[1]
+
+
+def test_one_process_writes_a_results_file(files, command, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    flags = ["eval", *files, "--max-new-tokens", 0, "--out", tmp_path / "out.jsonl"]
+    with open(tmp_path / "out.jsonl", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is writing it" in command(*flags, status=2)[1]
+    assert command(*flags)[0] and os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_a_disk_that_fills_up_leaves_the_file_as_it_was(whole, files, command, monkeypatch, tmp_path):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+    (tmp_path / "out.jsonl").write_text(whole[0].read_text())
+    monkeypatch.setattr(os, "replace", full)
+    said = command("eval", *files, "--max-new-tokens", 12, "--out", tmp_path / "out.jsonl", status=2)[1]
+    assert "No space left" in said and os.listdir(tmp_path) == ["out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == whole[0].read_text()
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"RANK": "abc"}, "RANK=abc in the environment"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "need less than WORLD_SIZE, 2")])
+def test_an_environment_that_torchrun_did_not_make(environment, message):
+    ran = subprocess.run([sys.executable, "-m", "data.experiments", "bench"], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, **environment})
+    assert ran.returncode == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
 
 
 def test_two_processes(whole, files, tmp_path):
@@ -334,8 +407,18 @@ def test_principal_components_by_hand():
     assert torch.allclose(xy, torch.stack((-steps, -side), 1), atol=1e-5)
 
 
-def test_plot_without_matplotlib(files, command, monkeypatch):
+def test_packages_that_are_not_installed(files, command, monkeypatch):
+    """One line before anything is loaded; bench needs none of them."""
+    for module in ("matplotlib", "scipy", "sklearn", "rouge_score", "tqdm", "transformers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "versus needs transformers: pip install transformers" in command("versus", status=2, flags=[])[1]
+    command("bench", "--max-new-tokens", 1, "--trials", 1)
+    assert "sweep needs scipy: pip install scipy" in command("sweep", "alpha", *files, status=2)[1]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "eval needs scikit-learn: pip install scikit-learn" in command("eval", *files, "--model", "none", status=2)[1]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "sklearn")
     assert "pip install matplotlib" in command("figures", *files, "--plot", "x", status=2)[1]
 
 
@@ -419,6 +502,9 @@ def test_mmlu(mmlu_folder, tiny):
     read = table3_capability.read_mmlu(mmlu_folder, None)
     assert [(subject, row[5], len(examples)) for subject, row, examples in read] == [("astronomy", "B", 5), ("astronomy", "D", 5), ("marketing", "A", 0)]
     assert read[0][1][0] == "Which of these,\nsay, has rings?"
+    for name in ("dev", "test"):
+        shutil.copytree(mmlu_folder / name, mmlu_folder / "other" / f"mmlu_{name}")
+    assert table3_capability.read_mmlu(mmlu_folder / "other", None) == read
     assert table3_capability.mmlu_query("astronomy", read[1][1], read[1][2][:1]) == (
         "The following are multiple choice questions (with answers) about astronomy.\n\nWhich body circles the Earth?\nA. The Moon\nB. Mars\nC. Venus\nD. The Sun\n"
         "Answer: A\n\nWhich is a star?\nA. Mars\nB. Io\nC. Ceres\nD. Sirius\nAnswer:")
@@ -469,6 +555,8 @@ def test_bench(command, monkeypatch):
     result, _ = command("bench", "--max-new-tokens", 4, "--trials", 1)
     assert result["price"][0]["positions"] == 2
     assert [row["positions"] for row in result["speed"]] == [128, 130, 130]
+    said = command("bench", "--max-new-tokens", 2000, status=2)[1]
+    assert "--max-new-tokens 2000: 128 tokens of the prompt and 2000 new ones, the model's context is 512" in said
     assert 0 < result["machine"][0]["share_reached"] and result["extraction"][0]["prompts_per_second"] > 0
 
 

@@ -1,13 +1,15 @@
-"""How fast is this against what people use? Random weights of a model's shape, run in turn by this project and by transformers.
+"""How fast is this against what people use? Random weights of a model's shape, run in turn by this project
+and by transformers.
 
     python -m data.experiments versus --shape 1b [--dtype bfloat16] [--pairs 5]           needs transformers
 
-The other side is transformers' generate, one prompt at a time, with forward hooks that add the vectors, and a first pass of its
-own to classify, logits of all positions included: the way the public code works. Both sides share the very weight tensors, but
-for the matrices that `llama.pack` lays out anew.
+The other side is transformers' generate, one prompt at a time, with forward hooks that add the vectors, and a
+first pass of its own to classify, logits of all positions included: the way the public code works. Both sides
+share the very weight tensors, but for the matrices that `llama.pack` lays out anew.
 
-Every row names what is measured, then what against. The ratio is the other's seconds to the first's: the median over pairs of
-runs in turn, with the least and the most beside it, so that what else the machine does hits both alike.
+Every row names what is measured, then what against. The ratio is the other's seconds to the first's: the
+median over pairs of runs in turn, with the least and the most beside it, so that what else the machine does
+hits both alike.
 """
 import statistics
 import warnings
@@ -27,7 +29,7 @@ def named(model, pack=lambda field, tensor: tensor):
             for name, (l, field, _) in llama.checkpoint_names(model.config).items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The other side
 
 
@@ -36,9 +38,10 @@ def as_transformers(model):
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
     c = model.config
-    config = LlamaConfig(hidden_size=c.D, num_hidden_layers=c.L, num_attention_heads=c.H, num_key_value_heads=c.K, head_dim=c.E,
-                         intermediate_size=c.F, vocab_size=c.V, max_position_embeddings=c.context, rms_norm_eps=c.norm_eps,
-                         bos_token_id=1, eos_token_id=None, pad_token_id=0)
+    config = LlamaConfig(
+        hidden_size=c.D, num_hidden_layers=c.L, num_attention_heads=c.H, num_key_value_heads=c.K,
+        head_dim=c.E, intermediate_size=c.F, vocab_size=c.V, max_position_embeddings=c.context,
+        rms_norm_eps=c.norm_eps, bos_token_id=1, eos_token_id=None, pad_token_id=0)
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
     theirs.load_state_dict(named(model), assign=True)
@@ -57,8 +60,8 @@ def their_scans(theirs, prompt, scans, new):
     """Classify in a pass of its own, then generate with a hook on every steered block."""
     ids, chosen = torch.tensor([prompt.ids], device=theirs.device), scans.settings
     states = theirs(ids, output_hidden_states=True).hidden_states[1:]
-    cos = [F.cosine_similarity((states[l][0, prompt.p] - states[l][0, prompt.e]).float(), scans.d_harm[l], dim=0)
-           for l in chosen.classify]
+    a_t = [(state[0, prompt.p] - state[0, prompt.e]).float() for state in states]
+    cos = [F.cosine_similarity(a_t[l], scans.d_harm[l], dim=0) for l in chosen.classify]
     sign = 1 if sum(cos) / len(cos) >= chosen.T else -1
 
     def add(l):
@@ -91,14 +94,15 @@ def bare_linears(model, plain_model, new):
     """
     def matrices(model):
         return [w for block in model.blocks for w in vars(block).values() if w.dim() == 2] + [model.head]
-    rows = {w.shape[1]: torch.randn(1, w.shape[1], device=w.device, dtype=w.dtype) for w in matrices(plain_model)}
+    rows = {w.shape[1]: torch.randn_like(w[:1]) for w in matrices(plain_model)}
 
     @torch.inference_mode()
     def once(multiply, weights):
         for w in weights:
             multiply(rows[w.shape[1]], w)
     seconds = []
-    for multiply, owner, enabled in ((llama.linear, model, True), (F.linear, plain_model, True), (F.linear, plain_model, False)):
+    ways = (llama.linear, model, True), (F.linear, plain_model, True), (F.linear, plain_model, False)
+    for multiply, owner, enabled in ways:
         with warnings.catch_warnings(action="ignore"), torch.backends.mkldnn.flags(enabled=enabled):
             weights = matrices(owner)
             once(multiply, weights)
@@ -106,7 +110,7 @@ def bare_linears(model, plain_model, new):
     return min(seconds)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Both, in turn
 
 
@@ -117,7 +121,7 @@ def flags(parser):
     parser.add_argument("--threads", type=number(int, 1, 1024))
     parser.add_argument("--pairs", type=number(int, 1), default=5)
     parser.add_argument("--anchors", type=number(int, 2), default=64)
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only the rows whose name has one of these words")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows with one of these words")
 
 
 def run(args):
@@ -160,7 +164,8 @@ def run(args):
         "50 queries, both answers, 64 + 64, in one batch, against 25 times 2 of ours":
             (lambda: batch.answer(["x"] * 50), lambda: times_25(lambda: batch.answer(["x"]))),
         "50 queries, both answers, 64 + 64, in one batch, against 25 times 2 of theirs":
-            (lambda: batch.answer(["x"] * 50), lambda: times_25(lambda: (their_plain(theirs, ids, 64), hooked(64)))),
+            (lambda: batch.answer(["x"] * 50),
+             lambda: times_25(lambda: (their_plain(theirs, ids, 64), hooked(64)))),
     }
     say(f"{args.shape} shape, {args.dtype} on {device}, {torch.get_num_threads()} threads; "
         f"seconds of the one, of the other, median ratio [least, most] of {args.pairs} pairs")
@@ -173,10 +178,12 @@ def run(args):
             continue
         pairs = [(seconds(mine), seconds(other)) for _ in range(args.pairs)]
         ratios = sorted(b / a for a, b in pairs)
-        print(f"{name:78} {statistics.median(a for a, _ in pairs):8.2f} {statistics.median(b for _, b in pairs):8.2f}   "
-              f"{statistics.median(ratios):6.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]", flush=True)
+        a, b = (statistics.median(side) for side in zip(*pairs))
+        ratio = f"{statistics.median(ratios):6.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+        print(f"{name:78} {a:8.2f} {b:8.2f}   {ratio}", flush=True)
 
     row = ids[0].tolist()
     mine = [id for (_, id, _), in llama.generate(model, [row], prefilled(model, row, 32), None, Sampling(32))]
-    same = next((i for i, (a, b) in enumerate(zip(mine, their_plain(theirs, ids, 32)[0, 64:].tolist())) if a != b), 32)
+    other = their_plain(theirs, ids, 32)[0, 64:].tolist()
+    same = next((i for i, (a, b) in enumerate(zip(mine, other)) if a != b), 32)
     print(f"greedy ids, {args.dtype}: {'all 32 equal' if same == 32 else f'the first {same} of 32 equal'}")
