@@ -45,7 +45,7 @@ from sentencepiece import SentencePieceTrainer
 
 import llama
 import scans
-from data.experiments import percent
+from data.experiments.core import percent
 from tokenizer import BOS, EOS, Tokenizer
 
 HERE = Path(__file__).resolve().parent
