@@ -112,8 +112,11 @@ class Tokenizer:
     """A folder's tokenizer with one chat format and one system prompt. `file` is the path that was read."""
 
     def __init__(self, folder, vocabulary, format=None, system=None):
-        """vocabulary: the model's vocab_size, which the tokenizer must match. format: a name in FORMATS, or None to
-        find it out. system: None for the format's own default, "" for none. ValueError for what cannot be."""
+        """vocabulary: the model's vocab_size, which the tokenizer must match.
+
+        format: a name in FORMATS, or None to find it out. system: None for the format's own default, "" for none.
+        Raises ValueError for what cannot be.
+        """
         kind, self.file = SentencePiece, Path(folder) / "tokenizer.model"
         if not self.file.is_file():
             kind, self.file = TokenizerJson, Path(folder) / "tokenizer.json"
@@ -133,7 +136,7 @@ class Tokenizer:
                 raise ValueError(f"{self.file}: chat format {self.name} needs a control token {part.name}")
             for name in self.words.controls if isinstance(part, str) else ():
                 if name in part:
-                    raise ValueError(f"{self.file}: {name} is a control token, in format {self.name} it is text")
+                    raise ValueError(f"{self.file}: {name} is a control token, but text in {self.name}")
         default = template_system(folder) if f.default_system is None else f.default_system
         self.system = (default if system is None else system).strip()
         if self.system and not f.system:
