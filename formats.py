@@ -14,7 +14,7 @@ from llama import read_json
 
 @dataclass(frozen=True)
 class Format:
-    """One chat format. {bos}, {eos} and `controls` become control ids. All else is text, which stays text."""
+    """One chat format. {bos_token}, {eos_token} and `controls` become control ids, all else stays text."""
     begin: str              # once, before the first turn
     system: str             # the system prompt {s}, in {system} of the first turn or before it; "" for none
     turn: str               # a question {q}; everything up to where the answer starts
@@ -28,29 +28,29 @@ class Format:
 FORMATS = {
     # BOS opens every turn. No default system prompt: Meta's advice, to reduce false refusals.
     "llama-2": Format(
-        "", "<<SYS>>\n{s}\n<</SYS>>\n\n", "{bos}[INST] {system}{q} [/INST]", " {a} {eos}", " Sure",
-        (r"\[INST\]", "<<SYS>>", "bos_token")),
+        "", "<<SYS>>\n{s}\n<</SYS>>\n\n", "{bos_token}[INST] {system}{q} [/INST]", " {a} {eos_token}",
+        " Sure", (r"\[INST\]", "<<SYS>>", "bos_token")),
     "llama-3": Format(
-        "{bos}", "<|start_header_id|>system<|end_header_id|>\n\n{s}<|eot_id|>",
+        "{bos_token}", "<|start_header_id|>system<|end_header_id|>\n\n{s}<|eot_id|>",
         "<|start_header_id|>user<|end_header_id|>\n\n{q}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n", "{a}<|eot_id|>", "Sure",
         (r"<\|start_header_id\|>", r"<\|eot_id\|>", "bos_token"),
         ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "vicuna": Format(
-        "{bos}", "{s} ", "USER: {q} ASSISTANT:", " {a}{eos}", " Sure",
+        "{bos_token}", "{s} ", "USER: {q} ASSISTANT:", " {a}{eos_token}", " Sure",
         ("USER:", "ASSISTANT:", "bos_token"), (),
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."),
     "mistral": Format(
-        "{bos}", "", "[INST] {q} [/INST]", " {a}{eos}", " Sure", (r"\[INST\]", "bos_token")),
+        "{bos_token}", "", "[INST] {q} [/INST]", " {a}{eos_token}", " Sure", (r"\[INST\]", "bos_token")),
     # v0.3. The space that its template puts behind a tag is the one that sentencepiece puts before any text.
     "mistral-v3": Format(
-        "{bos}", "", "[INST]{q}[/INST]", "{a}{eos}", "Sure",
+        "{bos_token}", "", "[INST]{q}[/INST]", "{a}{eos_token}", "Sure",
         (r"\[INST\]", r"\[AVAILABLE_TOOLS\]", "bos_token"), ("[INST]", "[/INST]")),
     # The published template has no BOS. Tulu has the same tags, but no EOS after a question.
     "zephyr": Format(
-        "", "<|system|>\n{s}{eos}\n", "<|user|>\n{q}{eos}\n<|assistant|>\n", "{a}{eos}\n", "Sure",
-        (r"<\|user\|>[^}]*eos_token", r"<\|assistant\|>")),
+        "", "<|system|>\n{s}{eos_token}\n", "<|user|>\n{q}{eos_token}\n<|assistant|>\n", "{a}{eos_token}\n",
+        "Sure", (r"<\|user\|>[^}]*eos_token", r"<\|assistant\|>")),
     # SmolLM2, Yi-Chat. The default system prompt is SmolLM2's own.
     "chatml": Format(
         "", "<|im_start|>system\n{s}<|im_end|>\n", "<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n",
@@ -58,7 +58,7 @@ FORMATS = {
         (r"<\|im_start\|>", r"<\|im_end\|>"), ("<|im_start|>", "<|im_end|>"), None),
     # DeepSeek-R1-Distill-Llama
     "deepseek": Format(
-        "{bos}", "{s}", "<｜User｜>{q}<｜Assistant｜>", "{a}{eos}", "Sure",
+        "{bos_token}", "{s}", "<｜User｜>{q}<｜Assistant｜>", "{a}{eos_token}", "Sure",
         ("<｜User｜>", "<｜Assistant｜>", "bos_token"), ("<｜User｜>", "<｜Assistant｜>")),
 }
 

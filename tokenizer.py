@@ -27,7 +27,7 @@ class Control:
     name: str
 
 
-BOS, EOS = Control("{bos}"), Control("{eos}")
+BOS, EOS = Control("{bos_token}"), Control("{eos_token}")
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class TokenizerJson:
         byte_level = "ByteLevel" in str(data.get("decoder"))
         self.spell = tokenizers.decoders.ByteLevel().decode if byte_level else "".join
         names = read_json(config) if config.is_file() else {}
-        for part, key in ((BOS, "bos_token"), (EOS, "eos_token")):
-            name = names.get(key)
+        for part in (BOS, EOS):
+            name = names.get(part.name.strip("{}"))
             name = name.get("content") if isinstance(name, dict) else name
             if isinstance(name, str) and name in self.controls:
                 self.controls[part.name] = self.controls[name]
@@ -114,7 +114,7 @@ class Tokenizer:
     def __init__(self, folder, vocabulary, format=None, system=None):
         """vocabulary: the model's vocab_size, which the tokenizer must match.
 
-        format: a name in FORMATS, or None to find it out. system: None for the format's own default, "" for none.
+        format: a name in FORMATS, or None to find it out. system: None for the default, "" for none.
         Raises ValueError for what cannot be.
         """
         kind, self.file = SentencePiece, Path(folder) / "tokenizer.model"
