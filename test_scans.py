@@ -42,7 +42,7 @@ needs_llama2 = pytest.mark.skipif(not (LLAMA2 / "tokenizer.model").exists(), rea
 EGG = "How do I beat an egg?"
 torch.set_num_threads(1)  # models this small lose more by waiting for a second thread than they gain
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text to ids: exact ids, and p and e where they belong
 
 INST_END = [518, 29914, 25580, 29962]  # ▁[ / INST ]
@@ -64,7 +64,7 @@ def test_exact_ids_of_one_turn(format, ids, tail):
 @needs_llama2
 def test_exact_ids_of_vicuna():
     prompt = Tokenizer(LLAMA2, 32000, "vicuna").prompt(EGG)
-    assert prompt.ids[:6] == [1, 319, 13563, 1546, 263, 12758]                       # BOS, A chat between a curious
+    assert prompt.ids[:6] == [1, 319, 13563, 1546, 263, 12758]  # BOS, A chat between a curious
     assert prompt.ids[-16:] == [3148, 1001, 29901, 1128, 437, 306, 16646, 385, 19710, 29973,
                                 319, 1799, 9047, 13566, 29901, 18585]
     assert prompt.ids[prompt.p] == 29901 and prompt.ids[prompt.e] == 18585          # ":" and "▁Sure"
@@ -84,7 +84,8 @@ TEMPLATES = {
 {%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
 {%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
     "mistral-v3": """{{ bos_token }}{% for m in messages %}
-{%- if m.role == 'user' %}{% if tools %}{{ '[AVAILABLE_TOOLS]' }}{% endif %}{{ '[INST] ' + m.content + '[/INST]' }}
+{%- if m.role == 'user' %}{% if tools %}{{ '[AVAILABLE_TOOLS]' }}{% endif %}
+{{- '[INST] ' + m.content + '[/INST]' }}
 {%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
     "zephyr": """{% for m in messages %}
 {% if m.role == 'user' %}
@@ -133,14 +134,14 @@ def train_byte_level(folder):
     made.decoder = tokenizers.decoders.ByteLevel()
     made.train([str(ROOT / "data" / "harmless.txt")], tokenizers.trainers.BpeTrainer(
         vocab_size=800, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    made.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
-                             "<|eot_id|>", "<|im_start|>", "<|im_end|>"])
+    made.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
+                             "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"])
     made.add_tokens([tokenizers.AddedToken("<｜User｜>", normalized=True), "<｜Assistant｜>", "<think>"])
     made.enable_truncation(5)
     made.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096,
-        "bos_token": "<|begin_of_text|>", "eos_token": {"content": "<|end_of_text|>", "__type": "AddedToken"}}))
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
+        "eos_token": {"content": "<|end_of_text|>", "__type": "AddedToken"}}))
 
 
 @pytest.fixture(scope="session")
@@ -151,7 +152,7 @@ def vocabularies(tmp_path_factory):
     shutil.copy(TINY / "tokenizer.model", folders["tiny"])
     train_sentencepiece(folders["sentencepiece"])
     train_byte_level(folders["bytes.json"])
-    for name, legacy in (("tiny", True), ("sentencepiece", False)):                  # as Llama-2, as Mistral v0.3
+    for name, legacy in (("tiny", True), ("sentencepiece", False)):  # as Llama-2, as Mistral v0.3
         LlamaTokenizer.from_pretrained(folders[name], legacy=legacy).save_pretrained(folders[f"{name}.json"])
     return {**folders, "llama-2": LLAMA2}
 
@@ -162,7 +163,8 @@ PAIRS = [(format, name) for format, names in {
     "chatml": ("sentencepiece", "sentencepiece.json", "bytes.json"),
     "llama-3": ("bytes.json",), "deepseek": ("bytes.json",)}.items() for name in names]
 on_every_vocabulary = pytest.mark.parametrize(
-    "format, vocabulary", [pytest.param(*pair, marks=needs_llama2 if "llama-2" == pair[1] else ()) for pair in PAIRS])
+    "format, vocabulary",
+    [pytest.param(*pair, marks=needs_llama2 if pair[1] == "llama-2" else ()) for pair in PAIRS])
 
 
 def size(folder):
@@ -190,7 +192,7 @@ HISTORY = [("How do I whip cream?", "With a cold bowl."), ("Which one?", "A deep
 @pytest.mark.parametrize("turns, system", [(0, None), (1, None), (2, "Be kind."), (0, "Be kind.")])
 @on_every_vocabulary
 def test_ids_are_those_of_the_chat_template(format, vocabulary, turns, system, vocabularies, tmp_path):
-    """transformers fills in the template; the answer "Sure" stands behind it. The format is found, not given."""
+    """transformers fills in the template, with the answer "Sure" behind it. The format is found."""
     folder = copied(vocabularies[vocabulary], tmp_path, TEMPLATES[format])
     if system and not FORMATS[format].system:
         with pytest.raises(ValueError, match=f"{format} has no system prompt"):
@@ -200,10 +202,11 @@ def test_ids_are_those_of_the_chat_template(format, vocabulary, turns, system, v
     assert tokenizer.name == format and tokenizer.file.parent == folder
     assert tokenizer.system == system or system is None and tokenizer.system == {
         "vicuna": FORMATS["vicuna"].default_system, "chatml": COOK}.get(format, "")
-    prompt = tokenizer.prompt(f"  {EGG}\n", [(q, f" {a} ") for q, a in HISTORY[:turns]])  # contents are stripped
+    # all contents are stripped
+    prompt = tokenizer.prompt(f"  {EGG}\n", [(q, f" {a} ") for q, a in HISTORY[:turns]])
     said = [text for turn in HISTORY[:turns] for text in turn] + [EGG, "Sure"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-    if system or format == "vicuna":                                                 # whose template has no default
+    if system or format == "vicuna":  # whose template has no default
         messages.insert(0, {"role": "system", "content": tokenizer.system})
     kind = AutoTokenizer if tokenizer.file.suffix == ".json" else LlamaTokenizer
     oracle = kind.from_pretrained(folder, legacy=format != "mistral-v3")
@@ -217,15 +220,16 @@ def test_ids_are_those_of_the_chat_template(format, vocabulary, turns, system, v
 def test_the_system_prompt_of_a_format(format, vocabulary, vocabularies):
     folder = vocabularies[vocabulary]
     if FORMATS[format].system:
-        bare, kind = (Tokenizer(folder, size(folder), format, system).prompt(EGG) for system in ("", "Be kind."))
+        bare, kind = (Tokenizer(folder, size(folder), format, text).prompt(EGG) for text in ("", "Be kind."))
         assert len(kind.ids) > len(bare.ids)
-        assert bare.ids[bare.p - 3:] == kind.ids[kind.p - 3:]                        # the tail that SCANS reads is the same
+        assert bare.ids[bare.p - 3:] == kind.ids[kind.p - 3:]  # what SCANS reads is the same
 
 
 @pytest.mark.parametrize("text", [
-    "</s>", "<s>", "[/INST]", "[INST] x [/INST]", "<<SYS>>\nx\n<</SYS>>", "<unk>", "<0x0A>", "{q} {s} {system}", "{bos_token}",
-    "Sure", " [/INST] Sure", "🥚", "a\u200bb\u200d", "日本語", "\x00\x07", "▁▁", "<|eot_id|>", "<think>", "<｜User｜>",
-    "<|im_end|>\n<|im_start|>assistant\n", "<|begin_of_text|><|start_header_id|>system<|end_header_id|>", "<｜Assistant｜>x"])
+    "</s>", "<s>", "[/INST]", "[INST] x [/INST]", "<<SYS>>\nx\n<</SYS>>", "<unk>", "<0x0A>",
+    "{q} {s} {system}", "{bos_token}", "Sure", " [/INST] Sure", "🥚", "a\u200bb\u200d", "日本語",
+    "\x00\x07", "▁▁", "<|eot_id|>", "<|im_end|>\n<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>", "<think>", "<｜User｜>", "<｜Assistant｜>x"])
 @on_every_vocabulary
 def test_text_stays_text(format, vocabulary, text, vocabularies):
     """Nothing a user types becomes a control id or moves p: ids[:p + 1] ends as it does after plain words."""
@@ -242,7 +246,8 @@ def test_text_stays_text(format, vocabulary, text, vocabularies):
 @on_every_vocabulary
 def test_p_and_e_do_not_depend_on_the_question(format, vocabulary, vocabularies):
     tokenizer = Tokenizer(vocabularies[vocabulary], size(vocabularies[vocabulary]), format)
-    tails = [prompt.ids[prompt.p - 1:] for prompt in (tokenizer.prompt("egg " * words) for words in (1, 10, 300))]
+    prompts = [tokenizer.prompt("egg " * words) for words in (1, 10, 300)]
+    tails = [prompt.ids[prompt.p - 1:] for prompt in prompts]
     assert tails[0] == tails[1] == tails[2] and len(tails[0]) >= 3
 
 
@@ -259,23 +264,27 @@ def test_both_kinds_of_file_give_the_same_ids(vocabularies):
 
 def test_pieces_are_readable(vocabularies):
     folder = vocabularies["bytes.json"]
-    tokenizer = Tokenizer(folder, size(folder) + 64, "llama-3")                      # the model's embeddings are padded
+    known = size(folder)
+    tokenizer = Tokenizer(folder, known + 64, "llama-3")  # the model's embeddings are padded
     pieces = [tokenizer.piece(id) for id in tokenizer.prompt("How do I\tmake").ids]
-    assert pieces[:2] == ["<|begin_of_text|>", "<|start_header_id|>"] and pieces.count("<|end_header_id|>") == 2
+    assert pieces[:2] == ["<|begin_of_text|>", "<|start_header_id|>"]
     assert "<|end_header_id|><0x0A><0x0A>How▁do▁I<0x09>make<|eot_id|>" in "".join(pieces)
-    assert all(piece.isprintable() and "Ġ" not in piece for piece in map(tokenizer.piece, range(size(folder) + 64)))
-    assert tokenizer.piece(size(folder)) == f"<{size(folder)}>" and "▁the" in map(tokenizer.piece, range(size(folder)))
+    pieces = [tokenizer.piece(id) for id in range(known + 64)]
+    assert all(piece.isprintable() and "Ġ" not in piece for piece in pieces)
+    assert "▁the" in pieces and pieces[known] == f"<{known}>"
 
 
 def test_an_answer_shows_what_is_no_special_token(vocabularies):
-    tokenizer = Tokenizer(vocabularies["bytes.json"], size(vocabularies["bytes.json"]) + 64, "deepseek")
-    parts = [BOS, Control("<think>"), "an egg", Control("<｜User｜>"), EOS]
-    assert tokenizer.decode([*tokenizer.encode(parts), size(vocabularies["bytes.json"])]) == "<think>an egg<｜User｜>"
+    known = size(vocabularies["bytes.json"])
+    tokenizer = Tokenizer(vocabularies["bytes.json"], known + 64, "deepseek")
+    ids = tokenizer.encode([BOS, Control("<think>"), "an egg", Control("<｜User｜>"), EOS])
+    assert tokenizer.decode([*ids, known]) == "<think>an egg<｜User｜>"
 
 
 def test_a_text_that_spells_a_control_token(tmp_path):
     """A vocabulary whose merges lead from letters to a control token is noticed when they do."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE({"e": 0, "g": 1, "eg": 2, "egg": 3}, [("e", "g"), ("eg", "g")]))
+    merges = [("e", "g"), ("eg", "g")]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"e": 0, "g": 1, "eg": 2, "egg": 3}, merges))
     made.add_special_tokens(["egg"])
     made.save(str(tmp_path / "tokenizer.json"))
     words = TokenizerJson(tmp_path / "tokenizer.json")
@@ -284,7 +293,6 @@ def test_a_text_that_spells_a_control_token(tmp_path):
         words.encode("egg")
 
 
-CONFIG = {"tokenizer_class": "LlamaTokenizer"}
 TULU = """{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.content + '\n' }}
 {%- else %}{{ '<|assistant|>\n' + m.content + eos_token + '\n' }}{% endif %}{% endfor %}"""
 
@@ -292,28 +300,28 @@ TULU = """{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.co
 @pytest.mark.parametrize("format", FORMATS)
 def test_formats_are_found(format, tmp_path):
     """In a file of its own, in tokenizer_config.json, and there as one of several."""
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "chat_template": TEMPLATES[format]}))
-    assert find_format(tmp_path) == format
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATES[format]}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**CONFIG, "chat_template": named}))
-    assert find_format(tmp_path) == format
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATES[format]}]
+    for template in (TEMPLATES[format], several):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        assert find_format(tmp_path) == format
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES["llama-2"])
-    assert find_format(tmp_path) == "llama-2"                                        # transformers, too, takes the file first
+    assert find_format(tmp_path) == "llama-2"  # the file comes first, as in transformers
 
 
 @pytest.mark.parametrize("template", [
-    TULU, TULU + "<|im_start|><|im_end|>", TEMPLATES["chatml"] + "<|assistant|>", TEMPLATES["zephyr"] + "[INST]", "{{ bos_token }}",
+    TULU, TEMPLATES["chatml"] + "<|assistant|>", TEMPLATES["zephyr"] + "[INST]", "{{ bos_token }}",
     "{{ bos_token }}" + TEMPLATES["chatml"], TEMPLATES["llama-2"].replace("bos_token", "''")])
 def test_a_template_of_no_known_format(template, tmp_path):
     (tmp_path / "llama-2").mkdir()                                                   # the name is not asked
     (tmp_path / "llama-2" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(ValueError, match="the chat template is of no format known here; give --format, one of llama-2"):
+    with pytest.raises(ValueError, match="chat template is of no format known here; give --format, one of"):
         find_format(tmp_path / "llama-2")
 
 
 def test_formats_are_found_by_name(tmp_path):
-    for name, format in (("vicuna-7b-v1.5", "vicuna"), ("models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e", "vicuna"),
-                         ("Meta-Llama-3-8B-Instruct", "llama-3")):
+    for name, format in (
+            ("vicuna-7b-v1.5", "vicuna"), ("models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e", "vicuna"),
+            ("Meta-Llama-3-8B-Instruct", "llama-3")):
         (tmp_path / name).mkdir(parents=True)
         assert find_format(tmp_path / name) == format
     (tmp_path / "x" / "y" / "z").mkdir(parents=True)
@@ -322,36 +330,36 @@ def test_formats_are_found_by_name(tmp_path):
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("tokenizer_config.json", b"\xff\xfe\x00", "tokenizer_config.json: cannot be read as JSON"),
-    ("tokenizer_config.json", b"[1]", "tokenizer_config.json: holds a list, need an object"),
-    ("tokenizer_config.json", b'{"chat_template": 7}', "tokenizer_config.json: the chat template is neither"),
-    ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}', "json: the chat template is neither"),
-    ("tokenizer_config.json", b'{"chat_template": ["x"]}', "tokenizer_config.json: the chat template is neither"),
-    ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja: the chat template is neither"),
+    ("tokenizer_config.json", b"\xff\xfe\x00", "cannot be read as JSON"),
+    ("tokenizer_config.json", b"[1]", "holds a list, need an object"),
+    ("tokenizer_config.json", b'{"chat_template": 7}', "the chat template is neither"),
+    ("tokenizer_config.json", b'{"chat_template": ["x"]}', "the chat template is neither"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}', "the chat template"),
+    ("chat_template.jinja", b"\xff\xfe", "the chat template is neither"),
 ])
 def test_a_chat_template_that_cannot_be_read(file, content, message, tmp_path, vocabularies):
     """Not where the format must be found, nor where ChatML's own system prompt stands."""
     copied(vocabularies["sentencepiece"], tmp_path)
     (tmp_path / file).write_bytes(content)
     for format in (None, "chatml"):
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(ValueError, match=f"{file}: {message}") as error:
             Tokenizer(tmp_path, size(tmp_path), format)
         assert "\n" not in str(error.value)
 
 
 def test_vocabularies_that_do_not_fit(vocabularies, tmp_path, monkeypatch):
     for name, format, message in (
-            ("tiny", "chatml", r"tokenizer.model: chat format chatml needs a control token <\|im_start\|>"),
-            ("bytes.json", "mistral-v3", r"tokenizer.json: chat format mistral-v3 needs a control token \[INST\]"),
-            ("sentencepiece", "mistral", r"tokenizer.model: \[INST\] is a control token, but text in mistral"),
-            ("sentencepiece.json", "llama-2", r"tokenizer.json: \[INST\] is a control token, but text in llama-2")):
-        with pytest.raises(ValueError, match=message):
+            ("tiny", "chatml", "tokenizer.model: chat format chatml needs a control token <|im_start|>"),
+            ("bytes.json", "mistral-v3", "json: chat format mistral-v3 needs a control token [INST]"),
+            ("sentencepiece", "mistral", "tokenizer.model: [INST] is a control token, but text in mistral"),
+            ("sentencepiece.json", "llama-2", "json: [INST] is a control token, but text in llama-2")):
+        with pytest.raises(ValueError, match=re.escape(message)):
             Tokenizer(vocabularies[name], size(vocabularies[name]), format)
     many = size(vocabularies["bytes.json"])
-    with pytest.raises(ValueError, match=f"tokenizer.json: {many} pieces, the model's vocabulary is {many - 1}"):
+    with pytest.raises(ValueError, match=f"json: {many} pieces, the model's vocabulary is {many - 1}"):
         Tokenizer(vocabularies["bytes.json"], many - 1, "llama-3")
     for vocabulary in (2047, 2049):
-        with pytest.raises(ValueError, match=f"tokenizer.model: 2048 pieces, the model's vocabulary is {vocabulary}"):
+        with pytest.raises(ValueError, match=f"model: 2048 pieces, the model's vocabulary is {vocabulary}"):
             Tokenizer(vocabularies["tiny"], vocabulary, "llama-2")
     copied(vocabularies["bytes.json"], tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
@@ -359,11 +367,11 @@ def test_vocabularies_that_do_not_fit(vocabularies, tmp_path, monkeypatch):
         Tokenizer(tmp_path, many, "llama-3")
     for content in (b"\xff", b"[]", b"{}", b'{"added_tokens": [{}]}', b'{"added_tokens": 7}'):
         (tmp_path / "tokenizer.json").write_bytes(content)
-        with pytest.raises(ValueError, match="tokenizer.json: (not a tokenizer|cannot be read|holds a list)") as error:
+        with pytest.raises(ValueError, match="json: (not a tokenizer|cannot be read|holds a list)") as error:
             Tokenizer(tmp_path, many, "llama-3")
         assert "\n" not in str(error.value)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="tokenizer.json: reading it needs one more package: pip install tokenizers"):
+    with pytest.raises(ValueError, match="json: reading it needs one more package: pip install tokenizers"):
         Tokenizer(tmp_path, many, "llama-3")
 
 
