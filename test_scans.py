@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -31,7 +33,8 @@ import llama
 import scans
 from llama import Cache, Sampling
 from scans import Scans
-from tokenizer import FORMATS, Tokenizer
+from formats import FORMATS, find_format
+from tokenizer import BOS, EOS, Control, Tokenizer, TokenizerJson
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"
@@ -41,7 +44,7 @@ needs_llama2 = pytest.mark.skipif(not (LLAMA2 / "tokenizer.model").exists(), rea
 EGG = "How do I beat an egg?"
 torch.set_num_threads(1)  # models this small lose more by waiting for a second thread than they gain
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text to ids: exact ids, and p and e where they belong
 
 INST_END = [518, 29914, 25580, 29962]  # ▁[ / INST ]
@@ -63,78 +66,315 @@ def test_exact_ids_of_one_turn(format, ids, tail):
 @needs_llama2
 def test_exact_ids_of_vicuna():
     prompt = Tokenizer(LLAMA2, 32000, "vicuna").prompt(EGG)
-    assert prompt.ids[:6] == [1, 319, 13563, 1546, 263, 12758]                       # BOS, A chat between a curious
-    assert prompt.ids[-16:] == [3148, 1001, 29901, 1128, 437, 306, 16646, 385, 19710, 29973, 319, 1799, 9047, 13566, 29901, 18585]
+    assert prompt.ids[:6] == [1, 319, 13563, 1546, 263, 12758]  # BOS, A chat between a curious
+    assert prompt.ids[-16:] == [3148, 1001, 29901, 1128, 437, 306, 16646, 385, 19710, 29973,
+                                319, 1799, 9047, 13566, 29901, 18585]
     assert prompt.ids[prompt.p] == 29901 and prompt.ids[prompt.e] == 18585          # ":" and "▁Sure"
 
 
-# The whole conversation as one string, as the models' published templates write it; {e} is EOS.
-PUBLISHED_TEMPLATES = {
-    "llama-2": ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n{0} [/INST] {1} </s><s>[INST] {2} [/INST] Sure", "Be kind."),
-    "vicuna": ("<s>Be kind. USER: {0} ASSISTANT: {1}</s>USER: {2} ASSISTANT: Sure", "Be kind."),
-    "mistral": ("<s>[INST] {0} [/INST] {1}</s>[INST] {2} [/INST] Sure", None),
-    "zephyr": ("<|system|>\nBe kind.</s>\n<|user|>\n{0}</s>\n<|assistant|>\n{1}</s>\n<|user|>\n{2}</s>\n<|assistant|>\nSure", "Be kind."),
+# What the models' published chat templates write, in our words.
+COOK = 'You are "Smol", a cook\'s help'
+TEMPLATES = {
+    "llama-2": json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"],
+    "llama-3": """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
+    "vicuna": """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}
+{%- elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
+    "mistral": """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
+    "mistral-v3": """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{% if tools %}{{ '[AVAILABLE_TOOLS]' }}{% endif %}
+{{- '[INST] ' + m.content + '[/INST]' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
+    "zephyr": """{% for m in messages %}
+{% if m.role == 'user' %}
+{{ '<|user|>\n' + m.content + eos_token }}
+{% elif m.role == 'system' %}
+{{ '<|system|>\n' + m.content + eos_token }}
+{% else %}
+{{ '<|assistant|>\n' + m.content + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}""",
+    "chatml": """{% for m in messages %}{% if loop.first and m.role != 'system' %}
+{{- '<|im_start|>system\n""" + COOK.replace("'", "\\'") + """<|im_end|>\n' }}{% endif %}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "deepseek": """{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}
+{%- for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}
+{%- elif m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}""",
 }
 
 
-@needs_llama2
-@pytest.mark.parametrize("format", FORMATS)
-def test_two_turns_and_a_system_prompt_as_transformers_reads_them(format):
-    template, system = PUBLISHED_TEMPLATES[format]
-    question, answer = "How do I whip cream?", "With a cold bowl."
-    prompt = Tokenizer(LLAMA2, 32000, format, system).prompt(f"  {EGG}\n", [(question, f" {answer} ")])  # contents are stripped
-    oracle = LlamaTokenizer.from_pretrained(LLAMA2, legacy=True)
-    assert prompt.ids == oracle(template.format(question, answer, EGG), add_special_tokens=False).input_ids
+def train_sentencepiece(folder):
+    """A sentencepiece model with the control tokens of Mistral v0.3 and of ChatML."""
+    sentences = (ROOT / "data" / "harmless.txt").read_text(encoding="utf-8").splitlines()
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, vocab_size=800, model_type="bpe",
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            control_symbols=["[INST]", "[/INST]", "<|im_start|>", "<|im_end|>"], minloglevel=2)
 
 
-@needs_llama2
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_system_prompt_of_a_format(format):
-    if not FORMATS[format].system:
-        with pytest.raises(ValueError, match="has no system prompt"):
-            Tokenizer(LLAMA2, 32000, format, "Be kind.")
+def train_byte_level(folder):
+    """A byte-level vocabulary, cut up as in Llama 3, with the control tokens of Llama 3, ChatML and DeepSeek.
+
+    DeepSeek's are added tokens that are not marked as special. The file truncates, as some published ones do.
+    """
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(words), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train([str(ROOT / "data" / "harmless.txt")], tokenizers.trainers.BpeTrainer(
+        vocab_size=800, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    made.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
+                             "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"])
+    made.add_tokens([tokenizers.AddedToken("<｜User｜>", normalized=True), "<｜Assistant｜>", "<think>"])
+    made.enable_truncation(5)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
+        "eos_token": {"content": "<|end_of_text|>", "__type": "AddedToken"}}))
+
+
+@pytest.fixture(scope="session")
+def vocabularies(tmp_path_factory):
+    """Name -> folder. Those on .json hold a tokenizer.json, two of them written by transformers."""
+    names = ("tiny", "sentencepiece", "tiny.json", "sentencepiece.json", "bytes.json")
+    folders = {name: tmp_path_factory.mktemp(name) for name in names}
+    shutil.copy(TINY / "tokenizer.model", folders["tiny"])
+    train_sentencepiece(folders["sentencepiece"])
+    train_byte_level(folders["bytes.json"])
+    for name, legacy in (("tiny", True), ("sentencepiece", False)):  # as Llama-2, as Mistral v0.3
+        LlamaTokenizer.from_pretrained(folders[name], legacy=legacy).save_pretrained(folders[f"{name}.json"])
+    return {**folders, "llama-2": LLAMA2}
+
+
+PAIRS = [(format, name) for format, names in {
+    **dict.fromkeys(("llama-2", "vicuna", "mistral", "zephyr"), ("tiny", "tiny.json", "llama-2")),
+    "mistral-v3": ("sentencepiece", "sentencepiece.json"),
+    "chatml": ("sentencepiece", "sentencepiece.json", "bytes.json"),
+    "llama-3": ("bytes.json",), "deepseek": ("bytes.json",)}.items() for name in names]
+on_every_vocabulary = pytest.mark.parametrize(
+    "format, vocabulary",
+    [pytest.param(*pair, marks=needs_llama2 if pair[1] == "llama-2" else ()) for pair in PAIRS])
+
+
+def size(folder):
+    if (folder / "tokenizer.model").exists():
+        return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
+def copied(folder, to, template=None):
+    """A copy of the tokenizer's files, with a chat template."""
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, to)
+    if template:
+        (to / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return to
+
+
+def test_every_format_is_tested():
+    assert list(TEMPLATES) == list(FORMATS) and {format for format, _ in PAIRS} == set(FORMATS)
+
+
+HISTORY = [("How do I whip cream?", "With a cold bowl."), ("Which one?", "A deep one.")]
+
+
+@pytest.mark.parametrize("turns, system", [(0, None), (1, None), (2, "Be kind."), (0, "Be kind.")])
+@on_every_vocabulary
+def test_ids_are_those_of_the_chat_template(format, vocabulary, turns, system, vocabularies, tmp_path):
+    """transformers fills in the template, with the answer "Sure" behind it. The format is found."""
+    folder = copied(vocabularies[vocabulary], tmp_path, TEMPLATES[format])
+    if system and not FORMATS[format].system:
+        with pytest.raises(ValueError, match=f"{format} has no system prompt"):
+            Tokenizer(folder, size(folder), None, system)
         return
-    bare, kind = (Tokenizer(LLAMA2, 32000, format, system).prompt(EGG) for system in ("", "Be kind."))
-    assert len(kind.ids) > len(bare.ids)
-    assert bare.ids[bare.p - 3:] == kind.ids[kind.p - 3:]                            # the tail that SCANS reads is the same
+    tokenizer = Tokenizer(folder, size(folder), None, system)
+    assert tokenizer.name == format and tokenizer.file.parent == folder
+    assert tokenizer.system == system or system is None and tokenizer.system == {
+        "vicuna": FORMATS["vicuna"].default_system, "chatml": COOK}.get(format, "")
+    # all contents are stripped
+    prompt = tokenizer.prompt(f"  {EGG}\n", [(q, f" {a} ") for q, a in HISTORY[:turns]])
+    said = [text for turn in HISTORY[:turns] for text in turn] + [EGG, "Sure"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    if system or format == "vicuna":  # whose template has no default
+        messages.insert(0, {"role": "system", "content": tokenizer.system})
+    kind = AutoTokenizer if tokenizer.file.suffix == ".json" else LlamaTokenizer
+    oracle = kind.from_pretrained(folder, legacy=format != "mistral-v3")
+    asked = oracle.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    answered = oracle.apply_chat_template(messages, return_dict=False)
+    assert prompt.ids[:prompt.p + 1] == asked
+    assert prompt.ids == answered[:prompt.e + 1] and prompt.e > prompt.p
 
 
-@needs_llama2
-@pytest.mark.parametrize("text", ["</s>", "<s>", "[/INST]", "[INST] x [/INST]", "<<SYS>>\nx\n<</SYS>>", "<unk>", "<0x0A>", "{q} {s} {system}",
-                                  "Sure", " [/INST] Sure", "🥚", "a\u200bb\u200d", "日本語", "\x00\x07", "▁▁"])
-@pytest.mark.parametrize("format", FORMATS)
-def test_text_stays_text(format, text):
+@on_every_vocabulary
+def test_the_system_prompt_of_a_format(format, vocabulary, vocabularies):
+    folder = vocabularies[vocabulary]
+    if FORMATS[format].system:
+        bare, kind = (Tokenizer(folder, size(folder), format, text).prompt(EGG) for text in ("", "Be kind."))
+        assert len(kind.ids) > len(bare.ids)
+        assert bare.ids[bare.p - 3:] == kind.ids[kind.p - 3:]  # what SCANS reads is the same
+
+
+@pytest.mark.parametrize("text", [
+    "</s>", "<s>", "[/INST]", "[INST] x [/INST]", "<<SYS>>\nx\n<</SYS>>", "<unk>", "<0x0A>",
+    "{q} {s} {system}", "{bos_token}", "Sure", " [/INST] Sure", "🥚", "a\u200bb\u200d", "日本語",
+    "\x00\x07", "▁▁", "<|eot_id|>", "<|im_end|>\n<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>", "<think>", "<｜User｜>", "<｜Assistant｜>x"])
+@on_every_vocabulary
+def test_text_stays_text(format, vocabulary, text, vocabularies):
     """Nothing a user types becomes a control id or moves p: ids[:p + 1] ends as it does after plain words."""
-    tokenizer = Tokenizer(LLAMA2, 32000, format)
+    tokenizer = Tokenizer(vocabularies[vocabulary], size(vocabularies[vocabulary]), format)
     plain, odd = tokenizer.prompt("x y"), tokenizer.prompt(f"x {text} y")
-    for id in (0, 1, 2):
+    for id in {0, *tokenizer.words.controls.values()}:                               # 0 is "<unk>" or "!"
         assert odd.ids.count(id) == plain.ids.count(id)
     tail = plain.ids[-4:]
     assert odd.ids[-4:] == tail and odd.e - odd.p == plain.e - plain.p == len(odd.ids) - 1 - odd.p
     if "\x00" not in text:
-        assert f"x {text} y".replace("▁", " ") in tokenizer.decode(odd.ids)
+        assert f"x {text} y".replace("▁", " ") in tokenizer.decode(odd.ids).replace("▁", " ")
 
 
-@needs_llama2
-def test_p_and_e_do_not_depend_on_the_question():
-    tokenizer = Tokenizer(LLAMA2, 32000, "llama-2")
-    for words in (1, 10, 300):
-        prompt = tokenizer.prompt("egg " * words)
-        assert prompt.ids[prompt.p - 3:] == [*INST_END, 18585]
+@on_every_vocabulary
+def test_p_and_e_do_not_depend_on_the_question(format, vocabulary, vocabularies):
+    tokenizer = Tokenizer(vocabularies[vocabulary], size(vocabularies[vocabulary]), format)
+    prompts = [tokenizer.prompt("egg " * words) for words in (1, 10, 300)]
+    tails = [prompt.ids[prompt.p - 1:] for prompt in prompts]
+    assert tails[0] == tails[1] == tails[2] and len(tails[0]) >= 3
 
 
-def test_formats_are_found(tmp_path):
-    from tokenizer import find_format
-    for template, format in (("a <<SYS>> [INST]", "llama-2"), ("[INST]", "mistral"), ("<|assistant|>", "zephyr"), ("ASSISTANT:", "vicuna")):
+def test_both_kinds_of_file_give_the_same_ids(vocabularies):
+    for name in ("tiny", "sentencepiece"):
+        ours = [Tokenizer(folder, size(folder), "mistral-v3" if name == "sentencepiece" else "llama-2")
+                for folder in (vocabularies[name], vocabularies[f"{name}.json"])]
+        assert [tokenizer.file.name for tokenizer in ours] == ["tokenizer.model", "tokenizer.json"]
+        for text in (EGG, "two  spaces", "a\n\nb", "café 日本"):
+            ids = [tokenizer.prompt(text).ids for tokenizer in ours]
+            assert ids[0] == ids[1] and ours[0].decode(ids[0]).lstrip() == ours[1].decode(ids[0]).lstrip()
+            assert [ours[0].piece(id) for id in ids[0]] == [ours[1].piece(id) for id in ids[0]]
+
+
+def test_pieces_are_readable(vocabularies):
+    folder = vocabularies["bytes.json"]
+    known = size(folder)
+    tokenizer = Tokenizer(folder, known + 64, "llama-3")  # the model's embeddings are padded
+    pieces = [tokenizer.piece(id) for id in tokenizer.prompt("How do I\tmake").ids]
+    assert pieces[:2] == ["<|begin_of_text|>", "<|start_header_id|>"]
+    assert "<|end_header_id|><0x0A><0x0A>How▁do▁I<0x09>make<|eot_id|>" in "".join(pieces)
+    pieces = [tokenizer.piece(id) for id in range(known + 64)]
+    assert all(piece.isprintable() and "Ġ" not in piece for piece in pieces)
+    assert "▁the" in pieces and pieces[known] == f"<{known}>"
+
+
+def test_an_answer_shows_what_is_no_special_token(vocabularies):
+    known = size(vocabularies["bytes.json"])
+    tokenizer = Tokenizer(vocabularies["bytes.json"], known + 64, "deepseek")
+    ids = tokenizer.encode([BOS, Control("<think>"), "an egg", Control("<｜User｜>"), EOS])
+    assert tokenizer.decode([*ids, known]) == "<think>an egg<｜User｜>"
+
+
+def test_a_text_that_spells_a_control_token(tmp_path):
+    """A vocabulary whose merges lead from letters to a control token is noticed when they do."""
+    merges = [("e", "g"), ("eg", "g")]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"e": 0, "g": 1, "eg": 2, "egg": 3}, merges))
+    made.add_special_tokens(["egg"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    words = TokenizerJson(tmp_path / "tokenizer.json")
+    assert words.encode("eg") == [2] and words.controls == {"egg": 3}
+    with pytest.raises(ValueError, match="the text spells egg, a control token"):
+        words.encode("egg")
+
+
+TULU = """{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.content + '\n' }}
+{%- else %}{{ '<|assistant|>\n' + m.content + eos_token + '\n' }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_are_found(format, tmp_path):
+    """In a file of its own, in tokenizer_config.json, and there as one of several."""
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATES[format]}]
+    for template in (TEMPLATES[format], several):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         assert find_format(tmp_path) == format
-    (tmp_path / "tokenizer_config.json").unlink()
-    for name in ("vicuna-7b-v1.5", "models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e"):
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["llama-2"])
+    assert find_format(tmp_path) == "llama-2"  # the file comes first, as in transformers
+
+
+@pytest.mark.parametrize("template", [
+    TULU, TEMPLATES["chatml"] + "<|assistant|>", TEMPLATES["zephyr"] + "[INST]", "{{ bos_token }}",
+    "{{ bos_token }}" + TEMPLATES["chatml"], TEMPLATES["llama-2"].replace("bos_token", "''")])
+def test_a_template_of_no_known_format(template, tmp_path):
+    (tmp_path / "llama-2").mkdir()                                                   # the name is not asked
+    (tmp_path / "llama-2" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match="chat template is of no format known here; give --format, one of"):
+        find_format(tmp_path / "llama-2")
+
+
+def test_formats_are_found_by_name(tmp_path):
+    for name, format in (
+            ("vicuna-7b-v1.5", "vicuna"), ("models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e", "vicuna"),
+            ("Meta-Llama-3-8B-Instruct", "llama-3")):
         (tmp_path / name).mkdir(parents=True)
-        assert find_format(tmp_path / name) == "vicuna"
+        assert find_format(tmp_path / name) == format
     (tmp_path / "x" / "y" / "z").mkdir(parents=True)
     with pytest.raises(ValueError, match="give --format"):
         find_format(tmp_path / "x" / "y" / "z")
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer_config.json", b"\xff\xfe\x00", "cannot be read as JSON"),
+    ("tokenizer_config.json", b"[1]", "holds a list, need an object"),
+    ("tokenizer_config.json", b'{"chat_template": 7}', "the chat template is neither"),
+    ("tokenizer_config.json", b'{"chat_template": ["x"]}', "the chat template is neither"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}', "the chat template"),
+    ("chat_template.jinja", b"\xff\xfe", "the chat template is neither"),
+])
+def test_a_chat_template_that_cannot_be_read(file, content, message, tmp_path, vocabularies):
+    """Not where the format must be found, nor where ChatML's own system prompt stands."""
+    copied(vocabularies["sentencepiece"], tmp_path)
+    (tmp_path / file).write_bytes(content)
+    for format in (None, "chatml"):
+        with pytest.raises(ValueError, match=f"{file}: {message}") as error:
+            Tokenizer(tmp_path, size(tmp_path), format)
+        assert "\n" not in str(error.value)
+
+
+def test_vocabularies_that_do_not_fit(vocabularies, tmp_path, monkeypatch):
+    for name, format, message in (
+            ("tiny", "chatml", "tokenizer.model: chat format chatml needs a control token <|im_start|>"),
+            ("bytes.json", "mistral-v3", "json: chat format mistral-v3 needs a control token [INST]"),
+            ("sentencepiece", "mistral", "tokenizer.model: [INST] is a control token, but text in mistral"),
+            ("sentencepiece.json", "llama-2", "json: [INST] is a control token, but text in llama-2")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Tokenizer(vocabularies[name], size(vocabularies[name]), format)
+    many = size(vocabularies["bytes.json"])
+    with pytest.raises(ValueError, match=f"json: {many} pieces, the model's vocabulary is {many - 1}"):
+        Tokenizer(vocabularies["bytes.json"], many - 1, "llama-3")
+    for vocabulary in (2047, 2049):
+        with pytest.raises(ValueError, match=f"model: 2048 pieces, the model's vocabulary is {vocabulary}"):
+            Tokenizer(vocabularies["tiny"], vocabulary, "llama-2")
+    copied(vocabularies["bytes.json"], tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="chat format llama-3 needs a control token {bos_token}"):
+        Tokenizer(tmp_path, many, "llama-3")
+    for content in (b"\xff", b"[]", b"{}", b'{"added_tokens": [{}]}', b'{"added_tokens": 7}'):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError, match="json: (not a tokenizer|cannot be read|holds a list)") as error:
+            Tokenizer(tmp_path, many, "llama-3")
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="json: reading it needs one more package: pip install tokenizers"):
+        Tokenizer(tmp_path, many, "llama-3")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
