@@ -21,7 +21,7 @@ from scans import digest, fingerprint, say
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # on Windows; nothing is locked there
     fcntl = None
 
 BOTH = ("default", "scans")
@@ -68,6 +68,10 @@ def read_records(path):
     return records[:len(lines)], len(data) - len(half)
 
 
+def printable(text):
+    return text if text.isprintable() else repr(text)
+
+
 def as_lines(records):
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
@@ -94,10 +98,10 @@ class Results:
         for place, record in self.records:
             variant, file, row = key = record["variant"], record["file"], record["row"]
             if variant not in want:
-                raise ValueError(f"{place} has {variant}, this run {', '.join(want)}; give another --out")
+                raise ValueError(f"{place} has {printable(variant)}, this run {', '.join(want)}; give another --out")
             item = asked.get((file, row))
             if item is None:
-                raise ValueError(f"{place} has {record['prompt'][:60]!r} as prompt {row} of {file}, "
+                raise ValueError(f"{place} has {record['prompt'][:60]!r} as prompt {row} of {printable(file)}, "
                                  "this run has not; give another --out")
             had, now = dict(record["settings"]), {**want[variant], **item.scores}
             for name in ("prompt", "label", "type"):
@@ -105,7 +109,7 @@ class Results:
             had.update({name: value for name, value in record.items() if name.startswith("score:")})
             for name in now | had:
                 if had.get(name) != now.get(name):
-                    raise ValueError(f"{place} has {name} {had.get(name)!r}, this run {now.get(name)!r}; "
+                    raise ValueError(f"{place} has {printable(name)} {had.get(name)!r}, this run {now.get(name)!r}; "
                                      "give another --out")
             done[key] = record
 
@@ -150,6 +154,8 @@ def results(name):
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                file.close()    # Windows does not replace a file that is open
         except BlockingIOError:
             raise ValueError(f"{name}: another process is writing it; give another --out") from None
         records, size = read_records(path)
