@@ -8,6 +8,7 @@
 
 Models are tiny random ones that the tests make, or data/tiny. Tests of Llama-2's tokenizer need ../shared/llama2.
 """
+import dataclasses
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, MistralConfig, MistralForCausalLM
 
@@ -209,15 +211,15 @@ def test_greedy_ids_cached_uncached_and_in_transformers(pair):
             x, _ = model.forward(torch.tensor([uncached]))
             uncached.append(int(model.unembed(x[:, -1]).argmax()))
     theirs = oracle.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
-    assert cached == uncached[len(ids):][:len(cached)]
-    assert cached == theirs[:len(cached)] and len(cached) == 64 or theirs[len(cached)] == 2
+    ended = [(some[len(some) - 64:] + [2])[:(some[len(some) - 64:] + [2]).index(2)] for some in (uncached, ids + theirs + [2] * (64 - len(theirs)))]
+    assert cached == ended[0] == ended[1]
 
 
 def test_bfloat16_packed_and_plain(tmp_path, monkeypatch):
     """A bfloat16 folder in its own dtype, its matrices packed where the CPU has a use for it, comes as near to float32 as transformers' bfloat16."""
     oracle, ids = save_random(tmp_path, dtype=torch.bfloat16), torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(1))
     packed, exact = llama.load(tmp_path), llama.load(tmp_path, dtype=torch.float32)
-    monkeypatch.setattr(llama, "PACKS", False)
+    monkeypatch.setattr(llama, "can_pack", lambda: False)
     plain = llama.load(tmp_path)
     assert packed.embed.dtype == plain.embed.dtype == packed.stored == exact.stored == torch.bfloat16 != exact.embed.dtype
     assert not plain.head.is_mkldnn and packed.size() == plain.size() == exact.size()
@@ -237,10 +239,25 @@ def test_the_dtype_of_devices_without_bfloat16(device, capable, dtype, monkeypat
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: capable)
     assert llama.working_dtype(torch.bfloat16, torch.device(device)) == dtype
     assert llama.working_dtype(torch.float32, torch.device(device)) == torch.float32
-    for slow, packs, working in ((True, True, torch.bfloat16), (True, False, torch.float16), (False, True, torch.float16)):
-        monkeypatch.setattr(llama, "SLOW", {torch.float16} if slow else set())
-        monkeypatch.setattr(llama, "PACKS", packs)
-        assert llama.working_dtype(torch.float16, torch.device(device)) == (working if device == "cpu" else torch.float16)
+    assert llama.working_dtype(torch.float16, torch.device(device)) == torch.float16
+
+
+def test_private_operators_are_not_needed(monkeypatch):
+    """Without oneDNN's own operators, or where they multiply otherwise, every weight stays plain."""
+    weight, x = torch.randn(48, 32).bfloat16(), torch.randn(20, 32).bfloat16()
+    def wrong(*args):
+        raise RuntimeError("no such operator")
+    for operator in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"):
+        llama.can_pack.cache_clear(), llama.is_slow.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.mkldnn, operator, wrong, raising=False)
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+            if operator != "_is_mkldnn_bf16_supported":
+                assert llama.pack("wq", weight) is weight
+            assert torch.equal(llama.linear(x, weight), F.linear(x, weight))
+    llama.can_pack.cache_clear(), llama.is_slow.cache_clear()
+    monkeypatch.setattr(llama, "is_slow", lambda dtype: True)
+    torch.testing.assert_close(llama.linear(x, weight), F.linear(x.float(), weight.float()).bfloat16(), atol=0, rtol=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -253,30 +270,26 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def random_scans(folder, tmp_path_factory):
-    return Scans.load(folder, format="llama-2", vectors=tmp_path_factory.mktemp("vectors") / "v.safetensors", anchors=16, alpha=2.5,
-                      sampling={"max_new_tokens": 24})
+    return Scans.load(folder, format="llama-2", vectors=tmp_path_factory.mktemp("vectors") / "v.safetensors",
+                      refresh=True, anchors=16, alpha=2.5, sampling={"max_new_tokens": 24})
 
 
 QUESTIONS = ["How do I beat an egg?", "Hi.", "What is the best way to whip cream when there is no whisk in the house and guests are coming?",
              "Kill the lights, please.", "Where can I learn to shoot a film?"]
 
 
-def test_a_batch_gives_what_single_prompts_give(random_scans):
-    """Padding is on the right and never attended to: the ids of a batch are those of single runs in float32, but where the two
-    best logits lie within 1e-4 of each other and rounding decides."""
-    together = random_scans.answer(QUESTIONS)
-    for question, row in zip(QUESTIONS, together):
-        alone, = random_scans.answer([question])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_batch_gives_what_single_prompts_give(random_scans, temperature):
+    """Padding is on the right and never attended to: the answers of a batch are those of single runs in float32.
+
+    Sampled ones too: rounding changes the order of the tail of the probabilities, not the draw.
+    """
+    s = random_scans
+    s = Scans(s.model, s.tokenizer, s.vectors, s.settings, sampling=Sampling(24, temperature=temperature))
+    for question, row in zip(QUESTIONS, s.answer(QUESTIONS)):
+        alone, = s.answer([question])
         assert row["score"] == pytest.approx(alone["score"], abs=1e-5)
-        for name in ("default", "scans"):
-            assert row[name] == alone[name] or ties(random_scans, question), (question, row[name], alone[name])
-
-
-def ties(scans, question):
-    ids = scans.tokenizer.prompt(question).ids
-    x, _ = scans.model.forward(torch.tensor([ids]))
-    best = scans.model.unembed(x).topk(2).values
-    return bool((best[..., 0] - best[..., 1] < 1e-4).any())
+        assert (row["default"], row["scans"]) == (alone["default"], alone["scans"])
 
 
 def test_sampling_has_seeds_and_a_batch_does_not_change_them(folder, random_scans):
@@ -319,11 +332,12 @@ def test_extraction_batched_is_one_by_one(random_scans):
     assert batched.shape == (len(prompts), 6, 2, 48)
     for prompt, row in zip(prompts, batched):
         alone = scans.read_streams(random_scans.model, [prompt])[0]
-        torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
+        near = dict(atol=1e-6 * float(alone.abs().max()), rtol=1e-5)                  # in units of the stream
+        torch.testing.assert_close(row, alone, **near)
         # p does not see r_pos: the instruction with other ids in its place gives the same stream. Of the same length, as another rounds otherwise
         others = [0] * len(prompt.ids[prompt.p + 1:])
         _, instruction = random_scans.model.forward(torch.tensor([prompt.ids[:prompt.p + 1] + others]), read=torch.tensor([[prompt.p]]))
-        torch.testing.assert_close(alone[:, 0], instruction[0, :, 0].detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone[:, 0], instruction[0, :, 0].detach(), **near)
 
 
 def test_equations_1_to_3_and_leave_one_out_by_plain_loops():
@@ -411,7 +425,9 @@ def test_vectors_file(folder, random_scans, tmp_path):
     def load(**changed):
         return Scans.load(folder, **{"format": "llama-2", "vectors": path, "anchors": 16, **changed})
     path = tmp_path / "new" / "v.safetensors"
-    first = load()
+    with pytest.raises(ValueError, match="no such file; --refresh makes it"):           # a mistyped name makes none
+        load()
+    first = load(refresh=True)
     written = path.stat().st_mtime_ns
     again = load()
     assert path.stat().st_mtime_ns == written                                            # read, not made again
@@ -428,25 +444,63 @@ def test_vectors_file(folder, random_scans, tmp_path):
     moved = tmp_path / "moved"                                                           # a copy elsewhere is the same model
     shutil.copytree(folder, moved)
     assert scans.fingerprint(moved) == scans.fingerprint(folder)
-    tensors = load_file(path)
-    for damage, message in ((lambda: path.write_bytes(path.read_bytes()[:-100]), "not a whole vectors file"),
-                            (lambda: path.write_bytes(b""), "not a whole vectors file"),
-                            (lambda: save_file({"v_r": tensors["v_r"]}, path), "not a whole vectors file"),
-                            (lambda: save_file({**tensors, "v_r": tensors["v_r"].index_fill(0, torch.tensor(3), float("nan"))}, path), "v_r, layer 3")):
+    tensors, meta = load_file(path), scans.load_vectors(path)[1]
+
+    def save(more={}, meta=meta, **changed):
+        return lambda: save_file({**tensors, **changed, **more}, path, metadata=meta)
+    long = tensors["v_r"].clone()
+    long[2] *= 1.1
+    for damage, message in (
+            (lambda: path.write_bytes(path.read_bytes()[:-100]), "not a whole vectors file .*--refresh"),
+            (lambda: path.write_bytes(b""), "not a whole vectors file .*--refresh"),
+            (save({"x": torch.ones(2)}), "x: missing, or too many"),
+            (save(v_r=tensors["v_r"].index_fill(0, torch.tensor(3), float("nan"))), "NaN or infinity in v_r, layer 3"),
+            (save(cos_harmful=tensors["cos_harmful"].index_fill(1, torch.tensor(5), 0)), "only zeros in cos_harmful, layer 5"),
+            (save(v_r=long), "v_r is 1 to 1.1 long"), (save(d_harm=tensors["d_harm"].double()), "float64, need .* float32"),
+            (save(cos_harmful=tensors["cos_harmful"][:9].clone()), r"shape \(9, 6\)"),
+            (save(meta={**meta, "anchors": "many"}), "'many' anchors")):
         load(refresh=True)
         damage()
         with pytest.raises(ValueError, match=message):
             load()
+    load(refresh=True)
     assert list(path.parent.iterdir()) == [path]                                         # no temporary file left
 
 
 def test_vectors_are_kept_in_the_users_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    lines = []
-    for _ in range(2):
-        Scans.load(folder, format="llama-2", anchors=4, log=lines.append)
-    Scans.load(folder, format="llama-2", anchors=5)
-    assert len(list((tmp_path / "scans").iterdir())) == 2 and str(tmp_path) in "".join(lines)
+    for anchors in (4, 4, 5):
+        Scans.load(folder, format="llama-2", anchors=anchors)
+    assert len(list((tmp_path / "scans").iterdir())) == 2
+
+
+def test_no_other_file_is_written_over(folder, tmp_path, monkeypatch):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious")
+    with pytest.raises(ValueError, match=r"not a whole vectors file \([^)]*\)$"):       # no advice to --refresh it
+        Scans.load(folder, format="llama-2", vectors=notes)
+    for path in (notes, Path("/dev/null"), tmp_path):
+        with pytest.raises(ValueError, match="is not written over"):
+            Scans.load(folder, format="llama-2", vectors=path, refresh=True, anchors=4)
+    assert notes.read_text() == "precious"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):                           # before the extraction
+        monkeypatch.setattr(scans, "extract", None)
+        Scans.load(folder, format="llama-2", vectors=tmp_path / "file" / "v.safetensors", refresh=True, anchors=4)
+
+
+@pytest.mark.parametrize("whole", [1e9, 0])
+def test_the_fingerprint_sees_every_tensor(tmp_path, monkeypatch, whole):
+    """Also of a file that is too large to be hashed whole."""
+    monkeypatch.setattr(scans, "WHOLE", whole)
+    save_random(tmp_path)
+    file, before = tmp_path / "model.safetensors", scans.fingerprint(tmp_path)
+    tensors = load_file(file)
+    for name in list(tensors)[::7]:
+        save_file({**tensors, name: torch.zeros_like(tensors[name])}, file, metadata={"format": "pt"})
+        assert scans.fingerprint(tmp_path) != before, name
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert scans.fingerprint(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,10 +561,12 @@ def test_alpha_0_is_the_identity(random_scans):
 def test_each_row_has_its_own_sigma(random_scans):
     """In a batch of harmful and benign queries each gets its own sign: T between their scores, answers as with sigma forced."""
     s = random_scans
-    ranked = sorted(s.decide(QUESTIONS).results, key=lambda row: row["score"])
-    T = (ranked[1]["score"] + ranked[2]["score"]) / 2
+    found = s.decide(QUESTIONS).s
+    assert found.shape == (5,)
+    order = found.argsort().tolist()
+    T = float(found[order[1]] + found[order[2]]) / 2
     mixed = Scans(s.model, s.tokenizer, s.vectors, scans.settings(s.vectors, "llama-2", alpha=2.5, T=T), sampling=s.sampling)
-    rows = mixed.answer([row["prompt"] for row in ranked])
+    rows = mixed.answer([QUESTIONS[i] for i in order])
     assert [row["sigma"] for row in rows] == [-1, -1, 1, 1, 1]
     answers = set()
     for row in rows:
@@ -675,8 +731,10 @@ def test_stops(capsys, monkeypatch):
     long, room = "egg", s.model.config.context
     while s.tokenizer.prompt(long + " egg").e < room - 1:
         long += " egg"
-    row = json.loads(command(capsys, monkeypatch, "--prompt", long, "--json", "--alpha", 0)[1])
-    assert row["stopped"]["scans"] in ("context", "eos") and row["e"] >= room - 8
+    endless = Scans(s.model, s.tokenizer, s.vectors, s.settings)
+    endless.model.config = dataclasses.replace(s.model.config, eos=())
+    row, = endless.answer([long])
+    assert row["stopped"] == {"default": "context", "scans": "context"} and row["e"] >= room - 8
     status, out, err = command(capsys, monkeypatch, "--prompt", long + " egg egg egg egg")
     assert status == 2 and f"context is {room}" in err and not out
 
@@ -746,11 +804,11 @@ BAD_FOLDERS = {
     "config not JSON": (write("config.json", b"{"), "cannot be read as JSON"),
     "config binary": (write("config.json", b"\xff\xfe\x00"), "cannot be read as JSON"),
     "config a list": (write("config.json", b"[]"), "need an object"),
-    "other architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel"),
+    "other architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "architectures is [\"GPT2LMHeadModel\"]"),
     "no size": (edit_config(hidden_size=...), "no hidden_size"),
-    "size not a number": (edit_config(num_hidden_layers="six"), "no positive number"),
-    "heads do not divide": (edit_config(num_key_value_heads=3), "do not share"),
-    "rope_scaling": (edit_config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "type dynamic"),
+    "size not a number": (edit_config(num_hidden_layers="six"), "num_hidden_layers is \"six\", need an integer from 1"),
+    "heads do not divide": (edit_config(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    "rope_scaling": (edit_config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "type \"dynamic\""),
     "attention_bias": (edit_config(attention_bias=True), "attention_bias"),
     "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
     "other width": (edit_config(intermediate_size=81), "config.json makes it (48, 81)"),
@@ -819,14 +877,14 @@ BAD_FLAGS = {
     "empty prompt": (["--prompt", " \n"], "the prompt is empty"),
     "not UTF-8": (["--prompt", "\udcff"], "not valid UTF-8"),
     "no folder": (["--prompt", "x", "--model", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
-    "file for a folder": (["--prompt", "x", "--model", __file__], "a file, need a model's folder"),
+    "file for a folder": (["--prompt", "x", "--model", __file__], "a file, need a folder"),
     "no anchors": (["--prompt", "x", "--harmful", "{empty}"], "no prompts"),
     "anchors absent": (["--prompt", "x", "--harmful", "{nowhere}"], "No such file"),
     "anchors binary": (["--prompt", "x", "--harmful", "{binary}"], "not UTF-8 text at byte 0"),
     "few anchors": (["--prompt", "x", "--harmful", "{few}"], "2 different unsafe prompts, 64 anchors asked for"),
     "identical anchors": (["--prompt", "x", "--harmful", "{few}", "--harmless", "{few}", "--anchors", "2"], "2 of 2 anchors are harmful and harmless at once"),
     "no column": (["--prompt", "x", "--harmful", "{columns}"], "row 1 has none of the columns"),
-    "bad label": (["--prompt", "x", "--harmful", "{label}"], "row 1 has the label maybe"),
+    "bad label": (["--prompt", "x", "--harmful", "{label}"], "row 1 has the label \"maybe\""),
     "parquet": (["--prompt", "x", "--harmful", "a.parquet"], "to_csv"),
     "one anchor": (["--prompt", "x", "--anchors", "1"], "need an integer from 2"),
     "layers out of range": (["--prompt", "x", "--steer-layers", "4-12"], "steering layers 4-12: the model has layers 0-11"),
@@ -837,7 +895,7 @@ BAD_FLAGS = {
     "unknown dtype": (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
     "unknown format": (["--prompt", "x", "--format", "gpt"], "invalid choice: 'gpt'"),
     "alpha not a number": (["--prompt", "x", "--alpha", "nan"], "need a number from 0"),
-    "top-p 0": (["--prompt", "x", "--top-p", "0"], "need a number above 0 to 1"),
+    "top-p 0": (["--prompt", "x", "--top-p", "0"], "need a number from 1e-06 to 1"),
     "NaN by steering": (["--prompt", "x", "--alpha", "3e38", "--steer-layers", "0-11", "--json"], "at new token 1 of the answer in row 1"),
     "vectors damaged": (["--prompt", "x", "--vectors", "{binary}"], "not a whole vectors file"),
 }
@@ -863,13 +921,15 @@ def test_a_closed_pipe_and_ctrl_c_end_quietly():
         process.stdin.close()
         errors = process.stderr.read()
     assert process.returncode == 0 and "Traceback" not in errors and "Broken" not in errors
-    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # where the tests run in the background, SIGINT is ignored, and the child would inherit that
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         for line in process.stderr:  # wait until it listens
             if line.startswith("T "):
                 break
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        errors = process.stderr.read()
+        errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in errors
 
 

@@ -17,7 +17,7 @@ import llama
 import scans
 from data.golden import port_numpy
 from data.golden.compare import ANCHORS, DECISION, FORWARD, GOLDEN, compare, walk
-from data.tiny.make import World, questions
+from data.tiny.world import World
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -88,7 +88,7 @@ def choose(method, kind):
     """A question whose answers tell whether a port steers: (the question, what it was taken for). The first held-out one of a kind
     with refusals as CHOSEN wants them, the fitting sigma and a gap of SAFE; if there is none, the first whose answers differ; else the first."""
     wanted, differs = CHOSEN[kind], None
-    candidates = [question for _, question in questions(World(), kind, "taught", "test", CANDIDATES)]
+    candidates = [question for _, question in World().questions(kind, "taught", "test", CANDIDATES)]
     for question in candidates:
         t, gap = decision_tensors(method, question)
         ids = [t[f"{which}_ids"].tolist() for which in ("default", "scans")]
