@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.experiments.core import RANK, WORLD, batches, progress
-from scans import digest, fingerprint, say
+from scans import digest, fingerprint, say, written_whole
 
 try:
     import fcntl
@@ -41,9 +41,10 @@ def check_record(record, place, fields=FIELDS):
         value = record.get(name)
         if name not in record:
             raise ValueError(f"{place} is no result of this command: it has no {name}")
+        finite = not isinstance(value, float) or math.isfinite(value)
         if isinstance(kinds, dict):
             check_record(value, place, kinds)
-        elif type(value) not in kinds and value not in kinds or kinds == (float,) and not math.isfinite(value):
+        elif not finite or type(value) not in kinds and value not in kinds:
             raise ValueError(f"{place} is no result of this command: {name} is {repr(value)[:60]}")
 
 
@@ -66,10 +67,6 @@ def read_records(path):
     if half:
         say(f"{path}: line {len(lines) + 1} is half-written and is done again")
     return records[:len(lines)], len(data) - len(half)
-
-
-def printable(text):
-    return text if text.isprintable() else repr(text)
 
 
 def as_lines(records):
@@ -98,10 +95,10 @@ class Results:
         for place, record in self.records:
             variant, file, row = key = record["variant"], record["file"], record["row"]
             if variant not in want:
-                raise ValueError(f"{place} has {printable(variant)}, this run {', '.join(want)}; give another --out")
+                raise ValueError(f"{place} has {variant}, this run {', '.join(want)}; give another --out")
             item = asked.get((file, row))
             if item is None:
-                raise ValueError(f"{place} has {record['prompt'][:60]!r} as prompt {row} of {printable(file)}, "
+                raise ValueError(f"{place} has {record['prompt'][:60]!r} as prompt {row} of {file}, "
                                  "this run has not; give another --out")
             had, now = dict(record["settings"]), {**want[variant], **item.scores}
             for name in ("prompt", "label", "type"):
@@ -109,7 +106,7 @@ class Results:
             had.update({name: value for name, value in record.items() if name.startswith("score:")})
             for name in now | had:
                 if had.get(name) != now.get(name):
-                    raise ValueError(f"{place} has {printable(name)} {had.get(name)!r}, this run {now.get(name)!r}; "
+                    raise ValueError(f"{place} has {name} {had.get(name)!r}, this run {now.get(name)!r}; "
                                      "give another --out")
             done[key] = record
 
@@ -128,15 +125,11 @@ class Results:
                 file.write(as_lines(records))
 
     def finish(self, records):
-        """The whole file anew, under a name of this process until it is whole; then its parts go."""
+        """The whole file anew; then its parts go."""
         if self.path is None:
             return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
+        with written_whole(self.path) as temporary:
             temporary.write_bytes(as_lines(records))
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
         for part in self.parts():
             part.unlink()
 
