@@ -10,7 +10,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import scans
-from data.experiments import percent
+from data.experiments.core import percent
 from data.tiny.world import GROUPS, UNKNOWN, World, dev_questions, lines
 
 LETTERS = {"taught": "(a)", "fresh": "(b)", "word": "(c)", "valid": "(valid)"}
