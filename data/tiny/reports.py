@@ -18,7 +18,9 @@ CHECKED = {"outside": "outside", "harmful": "refuse"}     # what checks.txt want
 
 
 def load(folder):
-    return scans.Scans.load(folder, sampling={"max_new_tokens": 48})
+    method = scans.Scans.load(folder, sampling={"max_new_tokens": 48})
+    scans.choose_threads(method.model, None)
+    return method
 
 
 def ask(method, texts, size=16, **kwargs):

@@ -83,8 +83,8 @@ def optimizers_of(recipe, phase, weights):
 
 def rate(phase, step):
     """The learning rate: a short rise to the peak, then half a cosine down to a twentieth of it."""
-    rise = min(1, (step + 1) / min(50, phase.steps // 6 + 1))
-    return phase.peak * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * (step + 1) / phase.steps)) / 2)
+    rise, done = min(1, (step + 1) / min(50, phase.steps // 6 + 1)), (step + 1) / phase.steps
+    return phase.peak * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def train(weights, corpus, tokenizer, build):
