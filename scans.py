@@ -458,8 +458,8 @@ def doubt(harmful, harmless):
     if above <= MOST_ABOVE and area >= LEAST_AUROC:
         return None
     return (f"s_q does not tell harm here: {above:.0%} of the harmless anchors reach an estimated T, "
-            f"AUROC {area:.3f}; harmless queries would be steered towards refusal; try other anchors, or --classify-layers "
-            "(--analyze compares some); or this model is not aligned to refuse")
+            f"AUROC {area:.3f}; harmless queries would be steered towards refusal; try other anchors, or "
+            "--classify-layers (--analyze compares some); or this model is not aligned to refuse")
 
 
 def auroc(positive, negative):

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 TABLES = ("world.txt", "harm.txt", "outside.txt", "phrasings.txt", "checks.txt")    # training hangs on these
 
 CONFIG = llama.Config(D=128, L=12, H=4, K=4, E=32, F=320, V=2048, context=512, norm_eps=1e-5, rope_theta=1e4,
-                      rope_factor=1.0, window=None, tied=False, eos=(2,))
+                      rope_factor=1.0, rope_bands=None, window=None, tied=False, eos=(2,))
 
 
 @dataclass(frozen=True)
