@@ -905,7 +905,7 @@ def command(capsys, monkeypatch, *args, stdin=None):
     return status, out, err
 
 
-KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "sigma", "alpha", "steer_layers", "classify_layers", "default", "scans",
+KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "sigma", "alpha", "steer_layers", "classify_layers", "warning", "default", "scans",
         "refused", "stopped", "positions", "seconds"]
 
 
