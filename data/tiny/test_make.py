@@ -151,7 +151,7 @@ def test_a_checkpoint_hangs_on_its_phase_those_before_it_and_the_tables(monkeypa
 
 
 def test_the_recipe_fits_the_committed_model():
-    assert llama.Config.from_folder(HERE) == CONFIG
+    assert llama.read_config(HERE) == CONFIG
     assert Recipe().exits == scans.unlisted(CONFIG.L).steer
 
 
