@@ -33,7 +33,7 @@ import llama
 import scans
 from llama import Cache, Sampling
 from scans import Scans
-from tokenizer import FORMATS, Tokenizer, TokenizerJson, find_format
+from tokenizer import BOS, EOS, FORMATS, Control, Tokenizer, TokenizerJson, find_format
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"
