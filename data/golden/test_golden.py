@@ -1,4 +1,4 @@
-"""Proof of the porting kit: the golden file, the port that makes its inner tensors, the comparison, the exports, the tables.
+"""Proof of the porting kit: the golden file, the port that makes its inner tensors, the comparison, the tables.
 
 The numpy port is the independent oracle: it shares no line with llama.py and scans.py, and must give what they give.
 """
@@ -317,68 +317,6 @@ def test_an_unusable_file_is_one_line_and_exit_status_2(content, complaint, tmp_
         main()
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith(f"compare.py: {path}: ") and complaint in err
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The exports
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "new"
-    done = command("scans.py", "--export", folder, "--device", "cpu", "--alpha", "2.5", "--steer-layers", "0,3-4,6")
-    assert done.returncode == 0 and done.stdout == "", done.stderr
-    return folder
-
-
-def test_the_control_vector_is_what_the_gguf_package_reads(exported, method):
-    gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(exported / "vectors.gguf")
-    L, D = method.v_r.shape
-    field = {name: field.contents() for name, field in reader.fields.items()}
-    assert (field["GGUF.version"], field["general.architecture"]) == (3, "controlvector")
-    assert (field["controlvector.model_hint"], field["controlvector.layer_count"]) == ("llama", L - 1)
-    assert [tensor.name for tensor in reader.tensors] == [f"direction.{l}" for l in range(1, L)]
-    for l, tensor in enumerate(reader.tensors, 1):
-        assert tensor.tensor_type == gguf.GGMLQuantizationType.F32 and tensor.data_offset % 32 == 0 and tuple(tensor.shape) == (D,)
-        np.testing.assert_array_equal(tensor.data, method.v_r[l] if l in (3, 4, 6) else np.zeros(D))
-    assert reader.tensors[-1].data_offset + 4 * D == (exported / "vectors.gguf").stat().st_size
-
-
-def test_a_width_that_is_no_multiple_of_32_bytes_is_padded(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    v_r = torch.randn(4, 5)
-    (tmp_path / "v.gguf").write_bytes(scans.gguf(v_r, [1, 2, 3]))
-    for l, tensor in enumerate(gguf.GGUFReader(tmp_path / "v.gguf").tensors, 1):
-        np.testing.assert_array_equal(tensor.data, v_r[l])
-
-
-def test_json_and_native_file_hold_the_same_vectors(exported, method):
-    plain, native = json.loads((exported / "vectors.json").read_text()), load_file(exported / "vectors.safetensors")
-    for name in ("v_r", "d_harm"):
-        np.testing.assert_array_equal(np.array(plain[name], np.float32), native[name])
-        torch.testing.assert_close(native[name], getattr(method.vectors, name), rtol=0, atol=1e-5)
-    assert (plain["alpha"], plain["steer_layers"], plain["r_pos"], plain["format"]) == (2.5, [0, 3, 4, 6], " Sure", "llama-2")
-    assert plain["T"] == method.settings.T and plain["classify_layers"] == method.settings.classify
-    again = scans.Scans.load(device="cpu", vectors=exported / "vectors.safetensors")
-    torch.testing.assert_close(again.vectors.v_r, method.vectors.v_r, rtol=0, atol=1e-5)
-
-
-def test_the_files_are_documented_and_the_warning_stands_there(exported):
-    readme, note = (HERE / "README.md").read_text(encoding="utf-8"), (exported / "README.txt").read_text()
-    tensors, meta, _ = read(exported / "vectors.safetensors")
-    for name in [*tensors, *meta, *json.loads((exported / "vectors.json").read_text())]:
-        assert f"`{name}`" in readme, f"{name} is not documented"
-    for text in (readme, note):
-        assert "remove the model's refusals altogether" in text
-        assert "--control-vector-scaled vectors.gguf:-" in text
-    assert "vectors.gguf:2.5 " in note and "0,3-4,6" in note
-
-
-def test_export_to_a_file_is_an_error(tmp_path):
-    (tmp_path / "taken").write_text("")
-    done = command("scans.py", "--export", tmp_path / "taken", "--device", "cpu")
-    assert done.returncode == 2 and "taken" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
