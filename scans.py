@@ -24,7 +24,6 @@ import math
 import os
 import random
 import re
-import struct
 import sys
 import textwrap
 import time
@@ -606,61 +605,6 @@ def find_vectors(folder, model, tokenizer, path=None, refresh=False, harmful=Non
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Export: the vectors for other stacks; data/golden/README.md describes the files field by field
-
-EXPORT = """Refusal vectors of {model}, chat format {format}, {L} layers of width {D}
-
-vectors.safetensors   all that scans.py found; `python scans.py --model {model} --vectors vectors.safetensors --prompt ...` uses it
-vectors.json          v_r, d_harm, T, alpha, layers, format, system prompt and r_pos: all that SCANS needs in another language
-vectors.gguf          llama.cpp control vector: unit vectors in the steering layers {layers}, zeros elsewhere
-
-The scale on llama.cpp's command line is alpha to add, minus alpha to subtract (older builds take two words, FILE SCALE):
-
-    llama-cli -m MODEL.gguf --control-vector-scaled vectors.gguf:{alpha:g}      # sigma = +1: towards refusal
-    llama-cli -m MODEL.gguf --control-vector-scaled vectors.gguf:-{alpha:g}     # sigma = -1: away from refusal
-
-What a control vector cannot carry: sigma, which SCANS chooses anew for every query (score it first, Eqs. 2 to 5, then start with the
-sign that came out); the start position, since llama.cpp adds it at every position, the prompt's too, and SCANS only from p on; and
-block 0, for which the format has no name. Answers therefore differ somewhat from those of scans.py.
-
-WARNING. Subtracted from every query, these vectors remove the model's refusals altogether, of harmful requests as well. SCANS never
-does that: where s_q reaches T it adds them. Do not serve a model with a fixed negative scale.
-"""
-
-
-def gguf(v_r, layers):
-    """v_r (L, D) as the bytes of a llama.cpp control vector, GGUF v3: direction.l is added after block l, from 1 on; zeros outside `layers`."""
-    def text(value):
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    L, D = v_r.shape
-    size = -(-4 * D // 32) * 32                                                              # every tensor starts at a multiple of 32 bytes
-    fields = [("general.architecture", 8, text("controlvector")), ("controlvector.model_hint", 8, text("llama")),  # 8: string
-              ("controlvector.layer_count", 5, struct.pack("<i", L - 1))]                    # 5: int32
-    head = b"GGUF" + struct.pack("<IQQ", 3, L - 1, len(fields))                              # version, tensors, fields
-    head += b"".join(text(name) + struct.pack("<I", kind) + value for name, kind, value in fields)
-    for l in range(1, L):
-        head += text(f"direction.{l}") + struct.pack("<IQIQ", 1, D, 0, (l - 1) * size)       # dimensions, D, float32, offset
-    rows = [(v_r[l] if l in layers else torch.zeros(D)).float().numpy().tobytes().ljust(size, b"\0") for l in range(1, L)]
-    return head + bytes(-len(head) % 32) + b"".join(rows)
-
-
-def export(scans, args):
-    """Write the vectors into the folder --export names, and a README.txt with command lines and the warning."""
-    folder, chosen = Path(args.export), scans.settings
-    vectors, (L, D) = scans.vectors, scans.vectors.v_r.shape
-    folder.mkdir(parents=True, exist_ok=True)
-    save_vectors(folder / "vectors.safetensors", vectors, scans.meta)
-    (folder / "vectors.gguf").write_bytes(gguf(vectors.v_r, chosen.steer))
-    facts = {"model": Path(args.model).resolve().name, "format": scans.tokenizer.name, "system": scans.tokenizer.system,
-                "r_pos": scans.tokenizer.format.r_pos, "alpha": chosen.alpha, "T": chosen.T, "steer_layers": chosen.steer, "classify_layers": chosen.classify}
-    rows = {name: [[float(f"{x:.9g}") for x in row] for row in getattr(vectors, name).tolist()] for name in ("v_r", "d_harm")}
-    (folder / "vectors.json").write_text(json.dumps({**facts, **rows}), encoding="utf-8")
-    (folder / "README.txt").write_text(EXPORT.format(**{**facts, "model": args.model}, L=L, D=D, layers=show_layers(chosen.steer)), encoding="utf-8")
-    say(f"exported  {shown(folder)}: vectors.safetensors, vectors.json, vectors.gguf, README.txt (read its warning)")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -900,7 +844,6 @@ def main():
     mode.add_argument("--chat", action="store_true", help="the same, line after line, with the conversation so far")
     mode.add_argument("--trace", metavar="TEXT", help="one query whole: tokens, positions, cosines, words, answers")
     mode.add_argument("--analyze", action="store_true", help="the layers: words, lengths, separation of the anchors")
-    mode.add_argument("--export", metavar="DIR", help="write the vectors for other stacks: safetensors, JSON, llama.cpp control vector")
     add_flags(parser)
     run(parser, modes)
 
@@ -913,8 +856,6 @@ def modes(args):
         trace(scans, args.trace, args)
     elif args.analyze:
         analyze(scans, args)
-    elif args.export is not None:
-        export(scans, args)
     else:
         for text in args.prompt:
             for question in ([line.strip() for line in sys.stdin if line.strip()] if text == "-" else [text]):
