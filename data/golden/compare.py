@@ -23,21 +23,22 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 GOLDEN, HINTS = HERE / "golden.safetensors", HERE / "hints.safetensors"
 
-# |difference| <= tolerance * (|golden value| + root mean square of the golden tensor), by the coarsest floats in
-# the file. This project's own pass needs 0.007 in float16 and 0.06 in bfloat16 (the logits; streams 0.03), numpy
-# against torch in float32 0.00001; the rest is room.
+# |difference| <= tolerance * (|golden value| + root mean square of the golden tensor), by the coarsest floats
+# in the file. This project's own pass needs 0.007 in float16 and 0.06 in bfloat16 (the logits; streams 0.03),
+# numpy against torch in float32 0.00001; the rest is room.
 TOLERANCE = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1.5e-1}
 FLOAT32 = TOLERANCE["F32"]
 
 # Scores at half precision: this project's own cosines are 5.5e-4 off in bfloat16, its T 1.4e-5.
 SCORE = 1e-3
 
-# Half precision hides a wrong eps in every single number, not in the mean length of a query's rows of the first
-# norm: rounding moves that by 1.8e-4 at most, an eps of 1e-6 for 1e-5 by 6e-4 to 4e-3.
+# Half precision hides a wrong eps in every single number, not in the mean length of a query's rows of the
+# first norm: rounding moves that by 1.8e-4 at most, an eps of 1e-6 for 1e-5 by 6e-4 to 4e-3.
 LENGTH = 4e-4
 
 # ----------------------------------------------------------------------------------------------------
-# Safetensors: 8 bytes with the length of the header, the header (JSON), the numbers, little-endian, row by row
+# Safetensors: 8 bytes with the length of the header, the header (JSON), the numbers, little-endian, row by
+# row
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
           "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1"}
@@ -72,7 +73,8 @@ def read(path):
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the method makes of other tensors: a port's are judged by its own, which no rounding before them excuses
+# What the method makes of other tensors: a port's are judged by its own, which no rounding before them
+# excuses
 
 
 def unit(v):
@@ -415,7 +417,10 @@ class Comparison:
         return entry.block0 if ".block0." in name else FLOAT32
 
     def inputs(self, name, entry):
-        """{name: the port's tensor} of what a tensor is made of, inputs from the golden file; None if one is missing."""
+        """{name: the port's tensor} of what a tensor is made of, inputs from the golden file.
+
+        None if one is missing.
+        """
         found = {}
         for part in entry.of:
             part = name.partition(".")[0] + part if part.startswith(".") else part
@@ -448,7 +453,10 @@ class Comparison:
         return ""
 
     def answer_fault(self, name, a, b):
-        """The same for the ids of an answer: from half precision on it may differ where the two best logits nearly tie."""
+        """The same for the ids of an answer.
+
+        From half precision on it may differ where the two best logits nearly tie.
+        """
         if a.ndim != 1:
             return "shape"
         if set(self.eos) & set(a.tolist()):
@@ -468,9 +476,9 @@ class Comparison:
     def suspects(self, name):
         """The causes of known mistakes that change this tensor as the port's is changed, the likeliest first.
 
-        hints.safetensors holds what planted mistakes gave: integers whole, of floats a sample. With x the change here
-        and y the planted one, 2 x.y / (x.x + y.y) is 1 where they are the same. A mistake that would have changed a
-        tensor which is the same is none.
+        hints.safetensors holds what planted mistakes gave: integers whole, of floats a sample. With x the
+        change here and y the planted one, 2 x.y / (x.x + y.y) is 1 where they are the same. A mistake that
+        would have changed a tensor which is the same is none.
         """
         tensors, meta = self.hints
         a, b, found = self.theirs[name], self.golden[name], {}
@@ -491,7 +499,10 @@ class Comparison:
         return sorted(found, key=found.get, reverse=True)
 
     def explain(self, name, entry, fault):
-        """Lines on a tensor that is not the golden one: what it is, where they differ, why ports get it wrong."""
+        """Lines on a tensor that is not the golden one.
+
+        What it is, where they differ, why ports get it wrong.
+        """
         a, b, tolerance = self.theirs[name], self.golden[name], self.allowed(name, entry)
         letters = entry.shape.split() if entry.shape != "-" else ["step"]
         lines = [f"  is        {entry.meaning}" + (f" ({entry.place})" if entry.place else "")]
@@ -559,7 +570,10 @@ def fold(names, known):
 
 
 def misshapen(wrong, theirs, golden):
-    """Names of the tensors of another shape; those of one query that are as long as its ids are named together."""
+    """Names of the tensors of another shape.
+
+    Those of one query that are as long as its ids are named together.
+    """
     long, names = {}, []
     for name, entry, _ in wrong:
         if theirs[name].shape != golden[name].shape and entry.shape.startswith("N"):
@@ -571,8 +585,8 @@ def misshapen(wrong, theirs, golden):
 
 
 def compare(path, golden, meta, theirs, types={}, hints=({}, {"causes": "[]"})):
-    """(lines of the report, exit status) for a port's tensors, read from path, beside the golden ones with their
-    metadata. types: of the tensors in the file. Raises ValueError if no name is known."""
+    """(lines of the report, exit status) for a port's tensors, read from path, beside the golden ones with
+    their metadata. types: of the tensors in the file. Raises ValueError if no name is known."""
     steps = walk(golden, [query["name"] for query in json.loads(meta["queries"])])
     known = [name for name, _ in steps]
     if not any(name in theirs for name in known):

@@ -9,8 +9,8 @@ shapes/, shapes.safetensors      small random models of other shapes, and their 
 formats.json                     ids of every chat format
 hints.safetensors, hints.md      what planted mistakes give, see mistakes.py
 
-Two of the queries are chosen anew for every model, so that a port that does not steer, or not as it should, gets
-other answers. Left out: the weights of the embedded model, which data/tiny/make.py makes.
+Two of the queries are chosen anew for every model, so that a port that does not steer, or not as it should,
+gets other answers. Left out: the weights of the embedded model, which data/tiny/make.py makes.
 """
 import json
 from pathlib import Path
@@ -65,7 +65,10 @@ def anchor_ids(prompts):
 
 @torch.inference_mode()
 def decision_tensors(method, question):
-    """Decision, steering and answers on one question; {answer: gap of the two best logits at every step of it}."""
+    """Decision, steering and answers on one question.
+
+    {answer: gap of the two best logits at every step of it}.
+    """
     model, chosen = method.model, method.settings
     t, gaps = {}, {}
     decision = method.decide([question])
@@ -97,8 +100,9 @@ def smallest(gaps):
 
 
 def choose(method, kind):
-    """A question whose answers tell whether a port steers: (the question, what it was taken for). The first held-out one of a kind
-    with refusals as CHOSEN wants them, the fitting sigma and a gap of SAFE; if there is none, the first whose answers differ; else the first."""
+    """A question whose answers tell whether a port steers: (the question, what it was taken for). The first
+    held-out one of a kind with refusals as CHOSEN wants them, the fitting sigma and a gap of SAFE; if there
+    is none, the first whose answers differ; else the first."""
     wanted, differs = CHOSEN[kind], None
     candidates = [question for _, question in questions(World(), kind, "taught", "test", CANDIDATES)]
     for question in candidates:
@@ -113,8 +117,8 @@ def choose(method, kind):
 
 
 def make(folder=MODEL):
-    """(tensors, metadata, gaps, reasons) for the model in `folder`; reasons: what each chosen query was taken for.
-    Raises ValueError where numpy's forward pass and this project's differ."""
+    """(tensors, metadata, gaps, reasons) for the model in `folder`; reasons: what each chosen query was taken
+    for. Raises ValueError where numpy's forward pass and this project's differ."""
     model = llama.load(folder, dtype=torch.float32)
     tokenizer = Tokenizer(folder, model.config.V)
     tensors, gaps, anchors = {}, {}, {}
@@ -260,7 +264,10 @@ def write_shape(folder, settings, dtype, files, seed):
 
 
 def shape_tensors(folder, name):
-    """A pass over random ids, a greedy answer: {name: array}, the answer's gaps, would a repetition penalty show?"""
+    """A pass over random ids, a greedy answer.
+
+    {name: array}, the answer's gaps, would a repetition penalty show?
+    """
     model = port_numpy.load(folder)
     ids = np.random.default_rng(0).integers(4, COMMON["vocab_size"], SHAPE_TOKENS).astype(np.int32)
     ids[0], p, e = COMMON["bos_token_id"], SHAPE_TOKENS - 3, SHAPE_TOKENS - 1
@@ -283,7 +290,10 @@ def penalized(logits, seen):
 
 
 def make_shapes(out):
-    """Write shapes/ and shapes.safetensors. The seed is the first by which every step of the answer is plain."""
+    """Write shapes/ and shapes.safetensors.
+
+    The seed is the first by which every step of the answer is plain.
+    """
     tensors, queries = {"max_new_tokens": np.int32([SHAPE_ANSWER])}, []
     for name, shape in SHAPES.items():
         for seed in range(1000):

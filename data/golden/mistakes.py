@@ -1,8 +1,8 @@
 """The mistakes that ports make, planted one by one in the port in numpy: what compare.py's hints are made of.
 
-Each is an edit of port_numpy.py's text, of the ids, or of an input. make.py runs them all. It keeps samples of what
-they give in hints.safetensors, by which compare.py tells one from another, and writes the table hints.md. The tests
-run them again, and variants that hints.safetensors does not know.
+Each is an edit of port_numpy.py's text, of the ids, or of an input. make.py runs them all. It keeps samples
+of what they give in hints.safetensors, by which compare.py tells one from another, and writes the table
+hints.md. The tests run them again, and variants that hints.safetensors does not know.
 
 Left out: mistakes of speed alone, and of what a language or a library does for all programs alike.
 """
@@ -27,7 +27,10 @@ MODEL = HERE.parent / "tiny"
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake: the tensor that differs first (without its query), the beginning of its cause, and the edits."""
+    """One mistake.
+
+    The tensor that differs first (without its query), the beginning of its cause, and the edits.
+    """
     first: str
     cause: str
     edits: tuple = ()           # (old, new) texts in port_numpy.py, each old one there once
@@ -383,7 +386,10 @@ class Field:
         self.source = Path(port_numpy.__file__).read_text(encoding="utf-8")
 
     def planted(self, mistake):
-        """port_numpy as a module with other texts in it; its forward pass remembers, where it is the true one."""
+        """port_numpy as a module with other texts in it.
+
+        Its forward pass remembers, where it is the true one.
+        """
         source = self.source
         for old, new in mistake.edits:
             if source.count(old) != 1:
@@ -398,7 +404,10 @@ class Field:
         return module
 
     def remember(self, model, ids, steer=None, p=0):
-        """port_numpy's own pass, run once for the same arguments; of it the streams, final norm and logits."""
+        """port_numpy's own pass, run once for the same arguments.
+
+        Of it the streams, final norm and logits.
+        """
         key = (bytes(np.asarray(ids, np.int32)), None if steer is None else bytes(steer), int(p))
         if key not in self.passes:
             t = port_numpy.forward(model, ids, steer, p)
@@ -453,7 +462,10 @@ class Field:
 
 
 def cause_of(mistake):
-    """The cause in compare.py's table that a mistake is to be told by. Raises ValueError unless there is one."""
+    """The cause in compare.py's table that a mistake is to be told by.
+
+    Raises ValueError unless there is one.
+    """
     kind = mistake.first.replace(re.sub(r"\D", "", mistake.first) or "{", "{l}") if "block" in mistake.first else mistake.first
     entry, = (entry for entry in (*FORWARD, *ANCHORS, *DECISION) if entry.name == kind)
     cause = [cause for cause in entry.causes if cause.startswith(mistake.cause)]
@@ -463,7 +475,10 @@ def cause_of(mistake):
 
 
 def hints(field):
-    """(tensors, metadata) of hints.safetensors: of every kept mistake what it changes, integers whole, floats as samples."""
+    """(tensors, metadata) of hints.safetensors.
+
+    Of every kept mistake what it changes, integers whole, floats as samples.
+    """
     tensors, causes = {}, []
     for mistake in MISTAKES:
         if mistake.kept:
@@ -476,7 +491,10 @@ def hints(field):
 
 
 def table(field, hints):
-    """(the text of hints.md, ranks): of every mistake where it shows, and at which place its cause is named."""
+    """(the text of hints.md, ranks).
+
+    Of every mistake where it shows, and at which place its cause is named.
+    """
     ranks, rows = [], []
     for mistake in MISTAKES:
         cause = cause_of(mistake)

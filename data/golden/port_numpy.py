@@ -1,14 +1,14 @@
 """SCANS in numpy: a worked port, from the weights in a folder to both answers, by the specification alone.
 
 It uses numpy, and of this project only the reader of safetensors, so it is the tests' independent oracle too.
-It goes for the shortest true statement: no batch, no cache, every pass runs the whole sequence. README.md says
-what a cache changes. Every tensor is kept under its name in golden.safetensors. Equation numbers are the paper's
-(arXiv 2408.11491). Left out: text. Ids come from the golden file.
+It goes for the shortest true statement: no batch, no cache, every pass runs the whole sequence. README.md
+says what a cache changes. Every tensor is kept under its name in golden.safetensors. Equation numbers are the
+paper's (arXiv 2408.11491). Left out: text. Ids come from the golden file.
 
     python -m data.golden.port_numpy OUT.safetensors    # then: python -m data.golden.compare OUT.safetensors
 
-Letters of the shapes: N positions, D model width, L blocks, H query heads, K key/value heads, E width of a head,
-F mlp width, V vocabulary, n and m harmful and harmless anchors.
+Letters of the shapes: N positions, D model width, L blocks, H query heads, K key/value heads, E width of a
+head, F mlp width, V vocabulary, n and m harmful and harmless anchors.
 """
 import json
 import sys
@@ -203,7 +203,10 @@ def extract(model, given, layers):
 
 
 def greedy(model, instruction, steer, limit):
-    """Ids of an answer: the best one each step, until an end id (left out) or the limit; steered from p on."""
+    """Ids of an answer: the best one each step, until an end id (left out) or the limit.
+
+    Steered from p on.
+    """
     end, ids = np.atleast_1d(model[0]["eos"]), list(instruction)
     while len(ids) - len(instruction) < limit:
         best = forward(model, np.array(ids), steer, len(instruction) - 1)["logits"][-1].argmax()

@@ -1,7 +1,7 @@
 """Proof of the porting kit: the golden files, the port in numpy, the comparison and its hints, the tables.
 
-The numpy port is the independent oracle: it shares no line with llama.py and scans.py, and must give what they give.
-Of the random models in shapes/ transformers is the oracle.
+The numpy port is the independent oracle: it shares no line with llama.py and scans.py, and must give what
+they give. Of the random models in shapes/ transformers is the oracle.
 """
 import ast
 import json
@@ -48,7 +48,10 @@ def method():
 
 
 def command(*words, cwd=ROOT):
-    """A command run as a user runs it. One thread: the matrices are small, threads would wait for each other."""
+    """A command run as a user runs it.
+
+    One thread: the matrices are small, threads would wait for each other.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -487,7 +490,10 @@ def symbol_rows(text):
 
 
 def seen(method):
-    """{(function, variable): value} of every local variable, and of the fields of the objects, in one extraction and one answer."""
+    """{(function, variable).
+
+    Value} of every local variable, and of the fields of the objects, in one extraction and one answer.
+    """
     found = {}
 
     def watch(frame, event, _):
