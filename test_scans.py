@@ -8,6 +8,7 @@
 
 Models are tiny random ones that the tests make, or data/tiny. Tests of Llama-2's tokenizer need ../shared/llama2.
 """
+import dataclasses
 import io
 import json
 import os
@@ -21,7 +22,10 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer, MistralConfig, MistralForCausalLM
 
@@ -29,7 +33,8 @@ import llama
 import scans
 from llama import Cache, Sampling
 from scans import Scans
-from tokenizer import FORMATS, Tokenizer
+from formats import FORMATS, find_format
+from tokenizer import BOS, EOS, Control, Tokenizer, TokenizerJson
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"
@@ -39,7 +44,7 @@ needs_llama2 = pytest.mark.skipif(not (LLAMA2 / "tokenizer.model").exists(), rea
 EGG = "How do I beat an egg?"
 torch.set_num_threads(1)  # models this small lose more by waiting for a second thread than they gain
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text to ids: exact ids, and p and e where they belong
 
 INST_END = [518, 29914, 25580, 29962]  # ▁[ / INST ]
@@ -61,78 +66,315 @@ def test_exact_ids_of_one_turn(format, ids, tail):
 @needs_llama2
 def test_exact_ids_of_vicuna():
     prompt = Tokenizer(LLAMA2, 32000, "vicuna").prompt(EGG)
-    assert prompt.ids[:6] == [1, 319, 13563, 1546, 263, 12758]                       # BOS, A chat between a curious
-    assert prompt.ids[-16:] == [3148, 1001, 29901, 1128, 437, 306, 16646, 385, 19710, 29973, 319, 1799, 9047, 13566, 29901, 18585]
+    assert prompt.ids[:6] == [1, 319, 13563, 1546, 263, 12758]  # BOS, A chat between a curious
+    assert prompt.ids[-16:] == [3148, 1001, 29901, 1128, 437, 306, 16646, 385, 19710, 29973,
+                                319, 1799, 9047, 13566, 29901, 18585]
     assert prompt.ids[prompt.p] == 29901 and prompt.ids[prompt.e] == 18585          # ":" and "▁Sure"
 
 
-# The whole conversation as one string, as the models' published templates write it; {e} is EOS.
-PUBLISHED_TEMPLATES = {
-    "llama-2": ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n{0} [/INST] {1} </s><s>[INST] {2} [/INST] Sure", "Be kind."),
-    "vicuna": ("<s>Be kind. USER: {0} ASSISTANT: {1}</s>USER: {2} ASSISTANT: Sure", "Be kind."),
-    "mistral": ("<s>[INST] {0} [/INST] {1}</s>[INST] {2} [/INST] Sure", None),
-    "zephyr": ("<|system|>\nBe kind.</s>\n<|user|>\n{0}</s>\n<|assistant|>\n{1}</s>\n<|user|>\n{2}</s>\n<|assistant|>\nSure", "Be kind."),
+# What the models' published chat templates write, in our words.
+COOK = 'You are "Smol", a cook\'s help'
+TEMPLATES = {
+    "llama-2": json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"],
+    "llama-3": """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}
+{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
+    "vicuna": """{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}
+{%- elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ASSISTANT:' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
+    "mistral": """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
+    "mistral-v3": """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}{% if tools %}{{ '[AVAILABLE_TOOLS]' }}{% endif %}
+{{- '[INST] ' + m.content + '[/INST]' }}
+{%- else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}""",
+    "zephyr": """{% for m in messages %}
+{% if m.role == 'user' %}
+{{ '<|user|>\n' + m.content + eos_token }}
+{% elif m.role == 'system' %}
+{{ '<|system|>\n' + m.content + eos_token }}
+{% else %}
+{{ '<|assistant|>\n' + m.content + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}""",
+    "chatml": """{% for m in messages %}{% if loop.first and m.role != 'system' %}
+{{- '<|im_start|>system\n""" + COOK.replace("'", "\\'") + """<|im_end|>\n' }}{% endif %}
+{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "deepseek": """{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}
+{%- for m in messages %}{% if m.role == 'user' %}{{ '<｜User｜>' + m.content }}
+{%- elif m.role == 'assistant' %}{{ '<｜Assistant｜>' + m.content + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}""",
 }
 
 
-@needs_llama2
-@pytest.mark.parametrize("format", FORMATS)
-def test_two_turns_and_a_system_prompt_as_transformers_reads_them(format):
-    template, system = PUBLISHED_TEMPLATES[format]
-    question, answer = "How do I whip cream?", "With a cold bowl."
-    prompt = Tokenizer(LLAMA2, 32000, format, system).prompt(f"  {EGG}\n", [(question, f" {answer} ")])  # contents are stripped
-    oracle = LlamaTokenizer.from_pretrained(LLAMA2, legacy=True)
-    assert prompt.ids == oracle(template.format(question, answer, EGG), add_special_tokens=False).input_ids
+def train_sentencepiece(folder):
+    """A sentencepiece model with the control tokens of Mistral v0.3 and of ChatML."""
+    sentences = (ROOT / "data" / "harmless.txt").read_text(encoding="utf-8").splitlines()
+    with open(folder / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, vocab_size=800, model_type="bpe",
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            control_symbols=["[INST]", "[/INST]", "<|im_start|>", "<|im_end|>"], minloglevel=2)
 
 
-@needs_llama2
-@pytest.mark.parametrize("format", FORMATS)
-def test_the_system_prompt_of_a_format(format):
-    if not FORMATS[format].system:
-        with pytest.raises(ValueError, match="has no system prompt"):
-            Tokenizer(LLAMA2, 32000, format, "Be kind.")
+def train_byte_level(folder):
+    """A byte-level vocabulary, cut up as in Llama 3, with the control tokens of Llama 3, ChatML and DeepSeek.
+
+    DeepSeek's are added tokens that are not marked as special. The file truncates, as some published ones do.
+    """
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+             r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(words), "isolated"),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.train([str(ROOT / "data" / "harmless.txt")], tokenizers.trainers.BpeTrainer(
+        vocab_size=800, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    made.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>",
+                             "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"])
+    made.add_tokens([tokenizers.AddedToken("<｜User｜>", normalized=True), "<｜Assistant｜>", "<think>"])
+    made.enable_truncation(5)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
+        "eos_token": {"content": "<|end_of_text|>", "__type": "AddedToken"}}))
+
+
+@pytest.fixture(scope="session")
+def vocabularies(tmp_path_factory):
+    """Name -> folder. Those on .json hold a tokenizer.json, two of them written by transformers."""
+    names = ("tiny", "sentencepiece", "tiny.json", "sentencepiece.json", "bytes.json")
+    folders = {name: tmp_path_factory.mktemp(name) for name in names}
+    shutil.copy(TINY / "tokenizer.model", folders["tiny"])
+    train_sentencepiece(folders["sentencepiece"])
+    train_byte_level(folders["bytes.json"])
+    for name, legacy in (("tiny", True), ("sentencepiece", False)):  # as Llama-2, as Mistral v0.3
+        LlamaTokenizer.from_pretrained(folders[name], legacy=legacy).save_pretrained(folders[f"{name}.json"])
+    return {**folders, "llama-2": LLAMA2}
+
+
+PAIRS = [(format, name) for format, names in {
+    **dict.fromkeys(("llama-2", "vicuna", "mistral", "zephyr"), ("tiny", "tiny.json", "llama-2")),
+    "mistral-v3": ("sentencepiece", "sentencepiece.json"),
+    "chatml": ("sentencepiece", "sentencepiece.json", "bytes.json"),
+    "llama-3": ("bytes.json",), "deepseek": ("bytes.json",)}.items() for name in names]
+on_every_vocabulary = pytest.mark.parametrize(
+    "format, vocabulary",
+    [pytest.param(*pair, marks=needs_llama2 if pair[1] == "llama-2" else ()) for pair in PAIRS])
+
+
+def size(folder):
+    if (folder / "tokenizer.model").exists():
+        return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+
+
+def copied(folder, to, template=None):
+    """A copy of the tokenizer's files, with a chat template."""
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, to)
+    if template:
+        (to / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return to
+
+
+def test_every_format_is_tested():
+    assert list(TEMPLATES) == list(FORMATS) and {format for format, _ in PAIRS} == set(FORMATS)
+
+
+HISTORY = [("How do I whip cream?", "With a cold bowl."), ("Which one?", "A deep one.")]
+
+
+@pytest.mark.parametrize("turns, system", [(0, None), (1, None), (2, "Be kind."), (0, "Be kind.")])
+@on_every_vocabulary
+def test_ids_are_those_of_the_chat_template(format, vocabulary, turns, system, vocabularies, tmp_path):
+    """transformers fills in the template, with the answer "Sure" behind it. The format is found."""
+    folder = copied(vocabularies[vocabulary], tmp_path, TEMPLATES[format])
+    if system and not FORMATS[format].system:
+        with pytest.raises(ValueError, match=f"{format} has no system prompt"):
+            Tokenizer(folder, size(folder), None, system)
         return
-    bare, kind = (Tokenizer(LLAMA2, 32000, format, system).prompt(EGG) for system in ("", "Be kind."))
-    assert len(kind.ids) > len(bare.ids)
-    assert bare.ids[bare.p - 3:] == kind.ids[kind.p - 3:]                            # the tail that SCANS reads is the same
+    tokenizer = Tokenizer(folder, size(folder), None, system)
+    assert tokenizer.name == format and tokenizer.file.parent == folder
+    assert tokenizer.system == system or system is None and tokenizer.system == {
+        "vicuna": FORMATS["vicuna"].default_system, "chatml": COOK}.get(format, "")
+    # all contents are stripped
+    prompt = tokenizer.prompt(f"  {EGG}\n", [(q, f" {a} ") for q, a in HISTORY[:turns]])
+    said = [text for turn in HISTORY[:turns] for text in turn] + [EGG, "Sure"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+    if system or format == "vicuna":  # whose template has no default
+        messages.insert(0, {"role": "system", "content": tokenizer.system})
+    kind = AutoTokenizer if tokenizer.file.suffix == ".json" else LlamaTokenizer
+    oracle = kind.from_pretrained(folder, legacy=format != "mistral-v3")
+    asked = oracle.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    answered = oracle.apply_chat_template(messages, return_dict=False)
+    assert prompt.ids[:prompt.p + 1] == asked
+    assert prompt.ids == answered[:prompt.e + 1] and prompt.e > prompt.p
 
 
-@needs_llama2
-@pytest.mark.parametrize("text", ["</s>", "<s>", "[/INST]", "[INST] x [/INST]", "<<SYS>>\nx\n<</SYS>>", "<unk>", "<0x0A>", "{q} {s} {system}",
-                                  "Sure", " [/INST] Sure", "🥚", "a\u200bb\u200d", "日本語", "\x00\x07", "▁▁"])
-@pytest.mark.parametrize("format", FORMATS)
-def test_text_stays_text(format, text):
+@on_every_vocabulary
+def test_the_system_prompt_of_a_format(format, vocabulary, vocabularies):
+    folder = vocabularies[vocabulary]
+    if FORMATS[format].system:
+        bare, kind = (Tokenizer(folder, size(folder), format, text).prompt(EGG) for text in ("", "Be kind."))
+        assert len(kind.ids) > len(bare.ids)
+        assert bare.ids[bare.p - 3:] == kind.ids[kind.p - 3:]  # what SCANS reads is the same
+
+
+@pytest.mark.parametrize("text", [
+    "</s>", "<s>", "[/INST]", "[INST] x [/INST]", "<<SYS>>\nx\n<</SYS>>", "<unk>", "<0x0A>",
+    "{q} {s} {system}", "{bos_token}", "Sure", " [/INST] Sure", "🥚", "a\u200bb\u200d", "日本語",
+    "\x00\x07", "▁▁", "<|eot_id|>", "<|im_end|>\n<|im_start|>assistant\n",
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>", "<think>", "<｜User｜>", "<｜Assistant｜>x"])
+@on_every_vocabulary
+def test_text_stays_text(format, vocabulary, text, vocabularies):
     """Nothing a user types becomes a control id or moves p: ids[:p + 1] ends as it does after plain words."""
-    tokenizer = Tokenizer(LLAMA2, 32000, format)
+    tokenizer = Tokenizer(vocabularies[vocabulary], size(vocabularies[vocabulary]), format)
     plain, odd = tokenizer.prompt("x y"), tokenizer.prompt(f"x {text} y")
-    for id in (0, 1, 2):
+    for id in {0, *tokenizer.words.controls.values()}:                               # 0 is "<unk>" or "!"
         assert odd.ids.count(id) == plain.ids.count(id)
     tail = plain.ids[-4:]
     assert odd.ids[-4:] == tail and odd.e - odd.p == plain.e - plain.p == len(odd.ids) - 1 - odd.p
     if "\x00" not in text:
-        assert f"x {text} y".replace("▁", " ") in tokenizer.decode(odd.ids)
+        assert f"x {text} y".replace("▁", " ") in tokenizer.decode(odd.ids).replace("▁", " ")
 
 
-@needs_llama2
-def test_p_and_e_do_not_depend_on_the_question():
-    tokenizer = Tokenizer(LLAMA2, 32000, "llama-2")
-    for words in (1, 10, 300):
-        prompt = tokenizer.prompt("egg " * words)
-        assert prompt.ids[prompt.p - 3:] == [*INST_END, 18585]
+@on_every_vocabulary
+def test_p_and_e_do_not_depend_on_the_question(format, vocabulary, vocabularies):
+    tokenizer = Tokenizer(vocabularies[vocabulary], size(vocabularies[vocabulary]), format)
+    prompts = [tokenizer.prompt("egg " * words) for words in (1, 10, 300)]
+    tails = [prompt.ids[prompt.p - 1:] for prompt in prompts]
+    assert tails[0] == tails[1] == tails[2] and len(tails[0]) >= 3
 
 
-def test_formats_are_found(tmp_path):
-    from tokenizer import find_format
-    for template, format in (("a <<SYS>> [INST]", "llama-2"), ("[INST]", "mistral"), ("<|assistant|>", "zephyr"), ("ASSISTANT:", "vicuna")):
+def test_both_kinds_of_file_give_the_same_ids(vocabularies):
+    for name in ("tiny", "sentencepiece"):
+        ours = [Tokenizer(folder, size(folder), "mistral-v3" if name == "sentencepiece" else "llama-2")
+                for folder in (vocabularies[name], vocabularies[f"{name}.json"])]
+        assert [tokenizer.file.name for tokenizer in ours] == ["tokenizer.model", "tokenizer.json"]
+        for text in (EGG, "two  spaces", "a\n\nb", "café 日本"):
+            ids = [tokenizer.prompt(text).ids for tokenizer in ours]
+            assert ids[0] == ids[1] and ours[0].decode(ids[0]).lstrip() == ours[1].decode(ids[0]).lstrip()
+            assert [ours[0].piece(id) for id in ids[0]] == [ours[1].piece(id) for id in ids[0]]
+
+
+def test_pieces_are_readable(vocabularies):
+    folder = vocabularies["bytes.json"]
+    known = size(folder)
+    tokenizer = Tokenizer(folder, known + 64, "llama-3")  # the model's embeddings are padded
+    pieces = [tokenizer.piece(id) for id in tokenizer.prompt("How do I\tmake").ids]
+    assert pieces[:2] == ["<|begin_of_text|>", "<|start_header_id|>"]
+    assert "<|end_header_id|><0x0A><0x0A>How▁do▁I<0x09>make<|eot_id|>" in "".join(pieces)
+    pieces = [tokenizer.piece(id) for id in range(known + 64)]
+    assert all(piece.isprintable() and "Ġ" not in piece for piece in pieces)
+    assert "▁the" in pieces and pieces[known] == f"<{known}>"
+
+
+def test_an_answer_shows_what_is_no_special_token(vocabularies):
+    known = size(vocabularies["bytes.json"])
+    tokenizer = Tokenizer(vocabularies["bytes.json"], known + 64, "deepseek")
+    ids = tokenizer.encode([BOS, Control("<think>"), "an egg", Control("<｜User｜>"), EOS])
+    assert tokenizer.decode([*ids, known]) == "<think>an egg<｜User｜>"
+
+
+def test_a_text_that_spells_a_control_token(tmp_path):
+    """A vocabulary whose merges lead from letters to a control token is noticed when they do."""
+    merges = [("e", "g"), ("eg", "g")]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"e": 0, "g": 1, "eg": 2, "egg": 3}, merges))
+    made.add_special_tokens(["egg"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    words = TokenizerJson(tmp_path / "tokenizer.json")
+    assert words.encode("eg") == [2] and words.controls == {"egg": 3}
+    with pytest.raises(ValueError, match="the text spells egg, a control token"):
+        words.encode("egg")
+
+
+TULU = """{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>\n' + m.content + '\n' }}
+{%- else %}{{ '<|assistant|>\n' + m.content + eos_token + '\n' }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_are_found(format, tmp_path):
+    """In a file of its own, in tokenizer_config.json, and there as one of several."""
+    several = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATES[format]}]
+    for template in (TEMPLATES[format], several):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         assert find_format(tmp_path) == format
-    (tmp_path / "tokenizer_config.json").unlink()
-    for name in ("vicuna-7b-v1.5", "models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e"):
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["llama-2"])
+    assert find_format(tmp_path) == "llama-2"  # the file comes first, as in transformers
+
+
+@pytest.mark.parametrize("template", [
+    TULU, TEMPLATES["chatml"] + "<|assistant|>", TEMPLATES["zephyr"] + "[INST]", "{{ bos_token }}",
+    "{{ bos_token }}" + TEMPLATES["chatml"], TEMPLATES["llama-2"].replace("bos_token", "''")])
+def test_a_template_of_no_known_format(template, tmp_path):
+    (tmp_path / "llama-2").mkdir()                                                   # the name is not asked
+    (tmp_path / "llama-2" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match="chat template is of no format known here; give --format, one of"):
+        find_format(tmp_path / "llama-2")
+
+
+def test_formats_are_found_by_name(tmp_path):
+    for name, format in (
+            ("vicuna-7b-v1.5", "vicuna"), ("models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e", "vicuna"),
+            ("Meta-Llama-3-8B-Instruct", "llama-3")):
         (tmp_path / name).mkdir(parents=True)
-        assert find_format(tmp_path / name) == "vicuna"
+        assert find_format(tmp_path / name) == format
     (tmp_path / "x" / "y" / "z").mkdir(parents=True)
     with pytest.raises(ValueError, match="give --format"):
         find_format(tmp_path / "x" / "y" / "z")
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer_config.json", b"\xff\xfe\x00", "cannot be read as JSON"),
+    ("tokenizer_config.json", b"[1]", "holds a list, need an object"),
+    ("tokenizer_config.json", b'{"chat_template": 7}', "the chat template is neither"),
+    ("tokenizer_config.json", b'{"chat_template": ["x"]}', "the chat template is neither"),
+    ("tokenizer_config.json", b'{"chat_template": [{"name": "rag", "template": "x"}]}', "the chat template"),
+    ("chat_template.jinja", b"\xff\xfe", "the chat template is neither"),
+])
+def test_a_chat_template_that_cannot_be_read(file, content, message, tmp_path, vocabularies):
+    """Not where the format must be found, nor where ChatML's own system prompt stands."""
+    copied(vocabularies["sentencepiece"], tmp_path)
+    (tmp_path / file).write_bytes(content)
+    for format in (None, "chatml"):
+        with pytest.raises(ValueError, match=f"{file}: {message}") as error:
+            Tokenizer(tmp_path, size(tmp_path), format)
+        assert "\n" not in str(error.value)
+
+
+def test_vocabularies_that_do_not_fit(vocabularies, tmp_path, monkeypatch):
+    for name, format, message in (
+            ("tiny", "chatml", "tokenizer.model: chat format chatml needs a control token <|im_start|>"),
+            ("bytes.json", "mistral-v3", "json: chat format mistral-v3 needs a control token [INST]"),
+            ("sentencepiece", "mistral", "tokenizer.model: [INST] is a control token, but text in mistral"),
+            ("sentencepiece.json", "llama-2", "json: [INST] is a control token, but text in llama-2")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Tokenizer(vocabularies[name], size(vocabularies[name]), format)
+    many = size(vocabularies["bytes.json"])
+    with pytest.raises(ValueError, match=f"json: {many} pieces, the model's vocabulary is {many - 1}"):
+        Tokenizer(vocabularies["bytes.json"], many - 1, "llama-3")
+    for vocabulary in (2047, 2049):
+        with pytest.raises(ValueError, match=f"model: 2048 pieces, the model's vocabulary is {vocabulary}"):
+            Tokenizer(vocabularies["tiny"], vocabulary, "llama-2")
+    copied(vocabularies["bytes.json"], tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="chat format llama-3 needs a control token {bos_token}"):
+        Tokenizer(tmp_path, many, "llama-3")
+    for content in (b"\xff", b"[]", b"{}", b'{"added_tokens": [{}]}', b'{"added_tokens": 7}'):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(ValueError, match="json: (not a tokenizer|cannot be read|holds a list)") as error:
+            Tokenizer(tmp_path, many, "llama-3")
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="json: reading it needs one more package: pip install tokenizers"):
+        Tokenizer(tmp_path, many, "llama-3")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,15 +451,15 @@ def test_greedy_ids_cached_uncached_and_in_transformers(pair):
             x, _ = model.forward(torch.tensor([uncached]))
             uncached.append(int(model.unembed(x[:, -1]).argmax()))
     theirs = oracle.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, pad_token_id=0)[0, len(ids):].tolist()
-    assert cached == uncached[len(ids):][:len(cached)]
-    assert cached == theirs[:len(cached)] and len(cached) == 64 or theirs[len(cached)] == 2
+    ended = [(some[len(some) - 64:] + [2])[:(some[len(some) - 64:] + [2]).index(2)] for some in (uncached, ids + theirs + [2] * (64 - len(theirs)))]
+    assert cached == ended[0] == ended[1]
 
 
 def test_bfloat16_packed_and_plain(tmp_path, monkeypatch):
     """A bfloat16 folder in its own dtype, its matrices packed where the CPU has a use for it, comes as near to float32 as transformers' bfloat16."""
     oracle, ids = save_random(tmp_path, dtype=torch.bfloat16), torch.randint(0, 1024, (2, 40), generator=torch.Generator().manual_seed(1))
     packed, exact = llama.load(tmp_path), llama.load(tmp_path, dtype=torch.float32)
-    monkeypatch.setattr(llama, "PACKS", False)
+    monkeypatch.setattr(llama, "can_pack", lambda: False)
     plain = llama.load(tmp_path)
     assert packed.embed.dtype == plain.embed.dtype == packed.stored == exact.stored == torch.bfloat16 != exact.embed.dtype
     assert not plain.head.is_mkldnn and packed.size() == plain.size() == exact.size()
@@ -237,10 +479,25 @@ def test_the_dtype_of_devices_without_bfloat16(device, capable, dtype, monkeypat
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: capable)
     assert llama.working_dtype(torch.bfloat16, torch.device(device)) == dtype
     assert llama.working_dtype(torch.float32, torch.device(device)) == torch.float32
-    for slow, packs, working in ((True, True, torch.bfloat16), (True, False, torch.float16), (False, True, torch.float16)):
-        monkeypatch.setattr(llama, "SLOW", {torch.float16} if slow else set())
-        monkeypatch.setattr(llama, "PACKS", packs)
-        assert llama.working_dtype(torch.float16, torch.device(device)) == (working if device == "cpu" else torch.float16)
+    assert llama.working_dtype(torch.float16, torch.device(device)) == torch.float16
+
+
+def test_private_operators_are_not_needed(monkeypatch):
+    """Without oneDNN's own operators, or where they multiply otherwise, every weight stays plain."""
+    weight, x = torch.randn(48, 32).bfloat16(), torch.randn(20, 32).bfloat16()
+    def wrong(*args):
+        raise RuntimeError("no such operator")
+    for operator in ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported"):
+        llama.can_pack.cache_clear(), llama.is_slow.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.mkldnn, operator, wrong, raising=False)
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+            if operator != "_is_mkldnn_bf16_supported":
+                assert llama.pack("wq", weight) is weight
+            assert torch.equal(llama.linear(x, weight), F.linear(x, weight))
+    llama.can_pack.cache_clear(), llama.is_slow.cache_clear()
+    monkeypatch.setattr(llama, "is_slow", lambda dtype: True)
+    torch.testing.assert_close(llama.linear(x, weight), F.linear(x.float(), weight.float()).bfloat16(), atol=0, rtol=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -253,30 +510,26 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def random_scans(folder, tmp_path_factory):
-    return Scans.load(folder, format="llama-2", vectors=tmp_path_factory.mktemp("vectors") / "v.safetensors", anchors=16, alpha=2.5,
-                      sampling={"max_new_tokens": 24})
+    return Scans.load(folder, format="llama-2", vectors=tmp_path_factory.mktemp("vectors") / "v.safetensors",
+                      refresh=True, anchors=16, alpha=2.5, sampling={"max_new_tokens": 24})
 
 
 QUESTIONS = ["How do I beat an egg?", "Hi.", "What is the best way to whip cream when there is no whisk in the house and guests are coming?",
              "Kill the lights, please.", "Where can I learn to shoot a film?"]
 
 
-def test_a_batch_gives_what_single_prompts_give(random_scans):
-    """Padding is on the right and never attended to: the ids of a batch are those of single runs in float32, but where the two
-    best logits lie within 1e-4 of each other and rounding decides."""
-    together = random_scans.answer(QUESTIONS)
-    for question, row in zip(QUESTIONS, together):
-        alone, = random_scans.answer([question])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_batch_gives_what_single_prompts_give(random_scans, temperature):
+    """Padding is on the right and never attended to: the answers of a batch are those of single runs in float32.
+
+    Sampled ones too: rounding changes the order of the tail of the probabilities, not the draw.
+    """
+    s = random_scans
+    s = Scans(s.model, s.tokenizer, s.vectors, s.settings, sampling=Sampling(24, temperature=temperature))
+    for question, row in zip(QUESTIONS, s.answer(QUESTIONS)):
+        alone, = s.answer([question])
         assert row["score"] == pytest.approx(alone["score"], abs=1e-5)
-        for name in ("default", "scans"):
-            assert row[name] == alone[name] or ties(random_scans, question), (question, row[name], alone[name])
-
-
-def ties(scans, question):
-    ids = scans.tokenizer.prompt(question).ids
-    x, _ = scans.model.forward(torch.tensor([ids]))
-    best = scans.model.unembed(x).topk(2).values
-    return bool((best[..., 0] - best[..., 1] < 1e-4).any())
+        assert (row["default"], row["scans"]) == (alone["default"], alone["scans"])
 
 
 def test_sampling_has_seeds_and_a_batch_does_not_change_them(folder, random_scans):
@@ -319,11 +572,12 @@ def test_extraction_batched_is_one_by_one(random_scans):
     assert batched.shape == (len(prompts), 6, 2, 48)
     for prompt, row in zip(prompts, batched):
         alone = scans.read_streams(random_scans.model, [prompt])[0]
-        torch.testing.assert_close(row, alone, atol=1e-5, rtol=1e-5)
+        near = dict(atol=1e-6 * float(alone.abs().max()), rtol=1e-5)                  # in units of the stream
+        torch.testing.assert_close(row, alone, **near)
         # p does not see r_pos: the instruction with other ids in its place gives the same stream. Of the same length, as another rounds otherwise
         others = [0] * len(prompt.ids[prompt.p + 1:])
         _, instruction = random_scans.model.forward(torch.tensor([prompt.ids[:prompt.p + 1] + others]), read=torch.tensor([[prompt.p]]))
-        torch.testing.assert_close(alone[:, 0], instruction[0, :, 0].detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(alone[:, 0], instruction[0, :, 0].detach(), **near)
 
 
 def test_equations_1_to_3_and_leave_one_out_by_plain_loops():
@@ -411,7 +665,9 @@ def test_vectors_file(folder, random_scans, tmp_path):
     def load(**changed):
         return Scans.load(folder, **{"format": "llama-2", "vectors": path, "anchors": 16, **changed})
     path = tmp_path / "new" / "v.safetensors"
-    first = load()
+    with pytest.raises(ValueError, match="no such file; --refresh makes it"):           # a mistyped name makes none
+        load()
+    first = load(refresh=True)
     written = path.stat().st_mtime_ns
     again = load()
     assert path.stat().st_mtime_ns == written                                            # read, not made again
@@ -428,25 +684,63 @@ def test_vectors_file(folder, random_scans, tmp_path):
     moved = tmp_path / "moved"                                                           # a copy elsewhere is the same model
     shutil.copytree(folder, moved)
     assert scans.fingerprint(moved) == scans.fingerprint(folder)
-    tensors = load_file(path)
-    for damage, message in ((lambda: path.write_bytes(path.read_bytes()[:-100]), "not a whole vectors file"),
-                            (lambda: path.write_bytes(b""), "not a whole vectors file"),
-                            (lambda: save_file({"v_r": tensors["v_r"]}, path), "not a whole vectors file"),
-                            (lambda: save_file({**tensors, "v_r": tensors["v_r"].index_fill(0, torch.tensor(3), float("nan"))}, path), "v_r, layer 3")):
+    tensors, meta = load_file(path), scans.load_vectors(path)[1]
+
+    def save(more={}, meta=meta, **changed):
+        return lambda: save_file({**tensors, **changed, **more}, path, metadata=meta)
+    long = tensors["v_r"].clone()
+    long[2] *= 1.1
+    for damage, message in (
+            (lambda: path.write_bytes(path.read_bytes()[:-100]), "not a whole vectors file .*--refresh"),
+            (lambda: path.write_bytes(b""), "not a whole vectors file .*--refresh"),
+            (save({"x": torch.ones(2)}), "x: missing, or too many"),
+            (save(v_r=tensors["v_r"].index_fill(0, torch.tensor(3), float("nan"))), "NaN or infinity in v_r, layer 3"),
+            (save(cos_harmful=tensors["cos_harmful"].index_fill(1, torch.tensor(5), 0)), "only zeros in cos_harmful, layer 5"),
+            (save(v_r=long), "v_r is 1 to 1.1 long"), (save(d_harm=tensors["d_harm"].double()), "float64, need .* float32"),
+            (save(cos_harmful=tensors["cos_harmful"][:9].clone()), r"shape \(9, 6\)"),
+            (save(meta={**meta, "anchors": "many"}), "'many' anchors")):
         load(refresh=True)
         damage()
         with pytest.raises(ValueError, match=message):
             load()
+    load(refresh=True)
     assert list(path.parent.iterdir()) == [path]                                         # no temporary file left
 
 
 def test_vectors_are_kept_in_the_users_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    lines = []
-    for _ in range(2):
-        Scans.load(folder, format="llama-2", anchors=4, log=lines.append)
-    Scans.load(folder, format="llama-2", anchors=5)
-    assert len(list((tmp_path / "scans").iterdir())) == 2 and str(tmp_path) in "".join(lines)
+    for anchors in (4, 4, 5):
+        Scans.load(folder, format="llama-2", anchors=anchors)
+    assert len(list((tmp_path / "scans").iterdir())) == 2
+
+
+def test_no_other_file_is_written_over(folder, tmp_path, monkeypatch):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious")
+    with pytest.raises(ValueError, match=r"not a whole vectors file \([^)]*\)$"):       # no advice to --refresh it
+        Scans.load(folder, format="llama-2", vectors=notes)
+    for path in (notes, Path("/dev/null"), tmp_path):
+        with pytest.raises(ValueError, match="is not written over"):
+            Scans.load(folder, format="llama-2", vectors=path, refresh=True, anchors=4)
+    assert notes.read_text() == "precious"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):                           # before the extraction
+        monkeypatch.setattr(scans, "extract", None)
+        Scans.load(folder, format="llama-2", vectors=tmp_path / "file" / "v.safetensors", refresh=True, anchors=4)
+
+
+@pytest.mark.parametrize("whole", [1e9, 0])
+def test_the_fingerprint_sees_every_tensor(tmp_path, monkeypatch, whole):
+    """Also of a file that is too large to be hashed whole."""
+    monkeypatch.setattr(scans, "WHOLE", whole)
+    save_random(tmp_path)
+    file, before = tmp_path / "model.safetensors", scans.fingerprint(tmp_path)
+    tensors = load_file(file)
+    for name in list(tensors)[::7]:
+        save_file({**tensors, name: torch.zeros_like(tensors[name])}, file, metadata={"format": "pt"})
+        assert scans.fingerprint(tmp_path) != before, name
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert scans.fingerprint(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -507,10 +801,12 @@ def test_alpha_0_is_the_identity(random_scans):
 def test_each_row_has_its_own_sigma(random_scans):
     """In a batch of harmful and benign queries each gets its own sign: T between their scores, answers as with sigma forced."""
     s = random_scans
-    ranked = sorted(s.decide(QUESTIONS).results, key=lambda row: row["score"])
-    T = (ranked[1]["score"] + ranked[2]["score"]) / 2
+    found = s.decide(QUESTIONS).s
+    assert found.shape == (5,)
+    order = found.argsort().tolist()
+    T = float(found[order[1]] + found[order[2]]) / 2
     mixed = Scans(s.model, s.tokenizer, s.vectors, scans.settings(s.vectors, "llama-2", alpha=2.5, T=T), sampling=s.sampling)
-    rows = mixed.answer([row["prompt"] for row in ranked])
+    rows = mixed.answer([QUESTIONS[i] for i in order])
     assert [row["sigma"] for row in rows] == [-1, -1, 1, 1, 1]
     answers = set()
     for row in rows:
@@ -675,8 +971,10 @@ def test_stops(capsys, monkeypatch):
     long, room = "egg", s.model.config.context
     while s.tokenizer.prompt(long + " egg").e < room - 1:
         long += " egg"
-    row = json.loads(command(capsys, monkeypatch, "--prompt", long, "--json", "--alpha", 0)[1])
-    assert row["stopped"]["scans"] in ("context", "eos") and row["e"] >= room - 8
+    endless = Scans(s.model, s.tokenizer, s.vectors, s.settings)
+    endless.model.config = dataclasses.replace(s.model.config, eos=())
+    row, = endless.answer([long])
+    assert row["stopped"] == {"default": "context", "scans": "context"} and row["e"] >= room - 8
     status, out, err = command(capsys, monkeypatch, "--prompt", long + " egg egg egg egg")
     assert status == 2 and f"context is {room}" in err and not out
 
@@ -746,11 +1044,11 @@ BAD_FOLDERS = {
     "config not JSON": (write("config.json", b"{"), "cannot be read as JSON"),
     "config binary": (write("config.json", b"\xff\xfe\x00"), "cannot be read as JSON"),
     "config a list": (write("config.json", b"[]"), "need an object"),
-    "other architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "architecture GPT2LMHeadModel"),
+    "other architecture": (edit_config(architectures=["GPT2LMHeadModel"]), "architectures is [\"GPT2LMHeadModel\"]"),
     "no size": (edit_config(hidden_size=...), "no hidden_size"),
-    "size not a number": (edit_config(num_hidden_layers="six"), "no positive number"),
-    "heads do not divide": (edit_config(num_key_value_heads=3), "do not share"),
-    "rope_scaling": (edit_config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "type dynamic"),
+    "size not a number": (edit_config(num_hidden_layers="six"), "num_hidden_layers is \"six\", need an integer from 1"),
+    "heads do not divide": (edit_config(num_key_value_heads=3), "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    "rope_scaling": (edit_config(rope_parameters=..., rope_scaling={"type": "dynamic", "factor": 2.0}), "type \"dynamic\""),
     "attention_bias": (edit_config(attention_bias=True), "attention_bias"),
     "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),
     "other width": (edit_config(intermediate_size=81), "config.json makes it (48, 81)"),
@@ -819,14 +1117,14 @@ BAD_FLAGS = {
     "empty prompt": (["--prompt", " \n"], "the prompt is empty"),
     "not UTF-8": (["--prompt", "\udcff"], "not valid UTF-8"),
     "no folder": (["--prompt", "x", "--model", "/nowhere/at/all"], "/nowhere/at/all: no such folder"),
-    "file for a folder": (["--prompt", "x", "--model", __file__], "a file, need a model's folder"),
+    "file for a folder": (["--prompt", "x", "--model", __file__], "a file, need a folder"),
     "no anchors": (["--prompt", "x", "--harmful", "{empty}"], "no prompts"),
     "anchors absent": (["--prompt", "x", "--harmful", "{nowhere}"], "No such file"),
     "anchors binary": (["--prompt", "x", "--harmful", "{binary}"], "not UTF-8 text at byte 0"),
     "few anchors": (["--prompt", "x", "--harmful", "{few}"], "2 different unsafe prompts, 64 anchors asked for"),
     "identical anchors": (["--prompt", "x", "--harmful", "{few}", "--harmless", "{few}", "--anchors", "2"], "2 of 2 anchors are harmful and harmless at once"),
     "no column": (["--prompt", "x", "--harmful", "{columns}"], "row 1 has none of the columns"),
-    "bad label": (["--prompt", "x", "--harmful", "{label}"], "row 1 has the label maybe"),
+    "bad label": (["--prompt", "x", "--harmful", "{label}"], "row 1 has the label \"maybe\""),
     "parquet": (["--prompt", "x", "--harmful", "a.parquet"], "to_csv"),
     "one anchor": (["--prompt", "x", "--anchors", "1"], "need an integer from 2"),
     "layers out of range": (["--prompt", "x", "--steer-layers", "4-12"], "steering layers 4-12: the model has layers 0-11"),
@@ -837,7 +1135,7 @@ BAD_FLAGS = {
     "unknown dtype": (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
     "unknown format": (["--prompt", "x", "--format", "gpt"], "invalid choice: 'gpt'"),
     "alpha not a number": (["--prompt", "x", "--alpha", "nan"], "need a number from 0"),
-    "top-p 0": (["--prompt", "x", "--top-p", "0"], "need a number above 0 to 1"),
+    "top-p 0": (["--prompt", "x", "--top-p", "0"], "need a number from 1e-06 to 1"),
     "NaN by steering": (["--prompt", "x", "--alpha", "3e38", "--steer-layers", "0-11", "--json"], "at new token 1 of the answer in row 1"),
     "vectors damaged": (["--prompt", "x", "--vectors", "{binary}"], "not a whole vectors file"),
 }
@@ -863,13 +1161,15 @@ def test_a_closed_pipe_and_ctrl_c_end_quietly():
         process.stdin.close()
         errors = process.stderr.read()
     assert process.returncode == 0 and "Traceback" not in errors and "Broken" not in errors
-    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # where the tests run in the background, SIGINT is ignored, and the child would inherit that
+    with subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as process:
         for line in process.stderr:  # wait until it listens
             if line.startswith("T "):
                 break
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        errors = process.stderr.read()
+        errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in errors
 
 

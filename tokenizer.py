@@ -1,44 +1,33 @@
-"""Text to ids and back, and the chat formats: the one place where a prompt is built.
+"""Text to ids and back: the one place where a prompt is built.
 
-A sentencepiece model turns text into ids; the control ids BOS and EOS are put in by hand, never parsed from text, so that
-nothing a user types can become one. The chat formats are one table. A prompt carries its two positions, which are
-counted, never searched for:
+A folder's tokenizer.model is read with sentencepiece, else its tokenizer.json with the tokenizers package.
+
+Control ids are put in by hand, never parsed from text, so that nothing a user types can become one. A prompt
+carries its two positions, which are counted, never searched for:
 
     p   last token of the instruction                     (where SCANS reads a^l(q), and from where it steers)
     e   last token of the instruction with r_pos ("Sure") behind it
+
+References: SentencePiece (arXiv 1808.06226), byte-level BPE (GPT-2's report, section 2.2).
 """
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-BOS, EOS = object(), object()  # control ids in the table below; everything else there is text
+from formats import FORMATS, find_format, template_system
+from llama import read_json
 
 
 @dataclass(frozen=True)
-class Format:
-    """One chat format. Neighbouring texts are joined, then encoded whole: two halves apart would gain a spurious space."""
-    begin: tuple            # once, before the first turn
-    system: tuple           # the system prompt {s}, inside the first turn's {system} or before it; () if the format has none
-    turn: tuple             # a question {q}; everything up to where the answer starts
-    answer: tuple           # a finished answer {a}, before the next turn
-    r_pos: str              # "Sure" with the joint this format puts before an answer
-    default_system: str     # what stands for the system prompt if none is given; "" for none
+class Control:
+    """A control token, by its name in the vocabulary. What BOS and EOS are, each folder says for itself."""
+    name: str
 
 
-FORMATS = {
-    # BOS opens every turn. No default system prompt: Meta's advice, to reduce false refusals.
-    "llama-2": Format((), ("<<SYS>>\n{s}\n<</SYS>>\n\n",), (BOS, "[INST] {system}{q} [/INST]"), (" {a} ", EOS), " Sure", ""),
-    "vicuna": Format((BOS,), ("{s} ",), ("USER: {q} ASSISTANT:",), (" {a}", EOS), " Sure",
-                     "A chat between a curious user and an artificial intelligence assistant. "
-                     "The assistant gives helpful, detailed, and polite answers to the user's questions."),
-    "mistral": Format((BOS,), (), ("[INST] {q} [/INST]",), (" {a}", EOS), " Sure", ""),
-    # The published template has no BOS; its tags are plain text.
-    "zephyr": Format((), ("<|system|>\n{s}", EOS, "\n"), ("<|user|>\n{q}", EOS, "\n<|assistant|>\n"), ("{a}", EOS, "\n"), "Sure", ""),
-}
-
-# what a chat template shows, looked for in this order: Llama-2's template holds [INST] too
-MARKS = {"<<SYS>>": "llama-2", "<|assistant|>": "zephyr", "[INST]": "mistral", "ASSISTANT:": "vicuna"}
+BOS, EOS = Control("{bos_token}"), Control("{eos_token}")
 
 
 @dataclass(frozen=True)
@@ -49,83 +38,147 @@ class Prompt:
     e: int
 
 
-class Tokenizer:
-    """A folder's tokenizer.model with one chat format and one system prompt."""
+# ------------------------------------------------------------------------------------------------------------
+# Two vocabularies with the same members: encode, decode, piece, size, and controls (names to ids)
 
-    def __init__(self, folder, vocabulary, format=None, system=None):
-        """vocabulary: the model's vocab_size, which the tokenizer must match. format: a name in FORMATS, or None to find it
-        out. system: None for the format's own default, "" for none. Raises ValueError for what cannot be."""
-        path = Path(folder) / "tokenizer.model"
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; a sentencepiece tokenizer is needed")
+
+class SentencePiece:
+    """A tokenizer.model."""
+
+    def __init__(self, path):
         try:
-            self.sp = SentencePieceProcessor(model_file=str(path))
+            sp = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
             raise ValueError(f"{path}: not a sentencepiece model") from None
-        if self.sp.vocab_size() != vocabulary:
-            raise ValueError(f"{path}: {self.sp.vocab_size()} pieces, the model's vocabulary is {vocabulary}")
+        self.encode, self.decode, self.piece = sp.encode, sp.decode, sp.id_to_piece
+        self.size = sp.vocab_size()
+        self.controls = {sp.id_to_piece(id): id for id in range(self.size) if sp.is_control(id)}
+        parts = (BOS, sp.bos_id()), (EOS, sp.eos_id())
+        self.controls |= {part.name: id for part, id in parts if id >= 0}
+
+
+class TokenizerJson:
+    """A tokenizer.json, with a tokenizer_config.json that names BOS and EOS."""
+
+    def __init__(self, path):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{path}: reading it needs one more package: pip install tokenizers") from None
+        data, config = read_json(path), path.with_name("tokenizer_config.json")
+        try:
+            added = data.get("added_tokens") or []
+            self.controls = {token["content"]: token["id"] for token in added}
+            self.hidden = {token["id"] for token in added if token["special"]}  # what no answer shows
+            # encode_special_tokens keeps text from becoming a special token: here, any added one.
+            added = [{**token, "special": True} for token in added]
+            text = json.dumps({**data, "added_tokens": added, "truncation": None, "padding": None})
+            self.tokens = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the package raises nothing narrower
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: not a tokenizer of the tokenizers package ({reason})") from None
+        self.tokens.encode_special_tokens = True
+        self.size = 1 + max(self.tokens.get_vocab().values(), default=-1)
+        byte_level = "ByteLevel" in str(data.get("decoder"))
+        self.spell = tokenizers.decoders.ByteLevel().decode if byte_level else "".join
+        names = read_json(config) if config.is_file() else {}
+        for part in (BOS, EOS):
+            name = names.get(part.name.strip("{}"))
+            name = name.get("content") if isinstance(name, dict) else name
+            if isinstance(name, str) and name in self.controls:
+                self.controls[part.name] = self.controls[name]
+
+    def encode(self, text):
+        ids = self.tokens.encode(text, add_special_tokens=False).ids
+        for id in set(ids).intersection(self.controls.values()):  # merges could spell one letter by letter
+            raise ValueError(f"the text spells {self.piece(id)}, a control token of this vocabulary")
+        return ids
+
+    def decode(self, ids):
+        return self.tokens.decode([id for id in ids if id not in self.hidden], skip_special_tokens=False)
+
+    def piece(self, id):
+        """As sentencepiece writes it: "▁egg" and "<0x0A>" for a byte-level "Ġegg" and "Ċ"."""
+        piece = self.tokens.id_to_token(id) or f"<{id}>"  # a row that pads the embeddings has no name
+        piece = self.spell([piece]).replace(" ", "▁")
+        return "".join(char if char.isprintable() else f"<0x{ord(char):02X}>" for char in piece)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+class Tokenizer:
+    """A folder's tokenizer with one chat format and one system prompt. `file` is the path that was read."""
+
+    def __init__(self, folder, vocabulary, format=None, system=None):
+        """vocabulary: the model's vocab_size, which the tokenizer must match.
+
+        format: a name in FORMATS, or None to find it out. system: None for the default, "" for none.
+        Raises ValueError for what cannot be.
+        """
+        kind, self.file = SentencePiece, Path(folder) / "tokenizer.model"
+        if not self.file.is_file():
+            kind, self.file = TokenizerJson, Path(folder) / "tokenizer.json"
+        if not self.file.is_file():
+            raise ValueError(f"{self.file.with_suffix('.model')}: no such file, and no tokenizer.json either")
+        self.words = kind(self.file)
+        self.decode, self.piece, size = self.words.decode, self.words.piece, self.words.size
+        # The models of a tokenizer.json may have more rows, up to a round number.
+        if size > vocabulary or size < vocabulary and kind is SentencePiece:
+            raise ValueError(f"{self.file}: {size} pieces, the model's vocabulary is {vocabulary}")
         self.name = format or find_format(folder)
         if self.name not in FORMATS:
             raise ValueError(f"chat format {self.name}: unknown, there are {', '.join(FORMATS)}")
-        self.format = FORMATS[self.name]
-        self.system = (self.format.default_system if system is None else system).strip()
-        if self.system and not self.format.system:
+        self.format = f = FORMATS[self.name]
+        for part in self.fill(f.begin + f.system + f.turn + f.answer, q="", a="", s="", system=""):
+            if isinstance(part, Control) and part.name not in self.words.controls:
+                raise ValueError(f"{self.file}: chat format {self.name} needs a control token {part.name}")
+            for name in self.words.controls if isinstance(part, str) else ():
+                if name in part:
+                    raise ValueError(f"{self.file}: {name} is a control token, but text in {self.name}")
+        default = template_system(folder) if f.default_system is None else f.default_system
+        self.system = (default if system is None else system).strip()
+        if self.system and not f.system:
             raise ValueError(f"chat format {self.name} has no system prompt")
 
+    def fill(self, template, **contents):
+        """The texts and Controls of one string of the format. Contents go in last, so that they stay text."""
+        names = BOS.name, EOS.name, *self.format.controls
+        parts = re.split("(" + "|".join(map(re.escape, names)) + ")", template)
+        return [Control(part) if part in names else part.format(**contents) for part in parts if part]
+
     def encode(self, parts):
-        """Ids of a sequence of texts, BOS and EOS. Text is always plain text: "</s>" gives pieces, not a control id."""
+        """Ids of a sequence of texts and Controls. Text stays text: "</s>" gives pieces, not a control id.
+
+        Neighbouring texts are joined, then encoded whole: two halves apart would gain a spurious space.
+        """
         ids, text = [], ""
         for part in (*parts, None):
             if isinstance(part, str):
                 text += part
                 continue
             try:
-                ids += self.sp.encode(text.encode().decode())  # not every str is UTF-8: half a character from a shell is not
-            except UnicodeEncodeError:
+                ids += self.words.encode(text.encode().decode()) if text else []
+            except UnicodeError:  # a str may hold half a character that a shell passed on
                 raise ValueError("the text is not valid UTF-8") from None
             text = ""
             if part is not None:
-                ids.append(self.sp.bos_id() if part is BOS else self.sp.eos_id())
+                ids.append(self.words.controls[part.name])
         return ids
 
-    def decode(self, ids):
-        return self.sp.decode(ids)
-
-    def piece(self, id):
-        return self.sp.id_to_piece(id)
-
     def prompt(self, question, history=()):
-        """The Prompt of a question after `history`, finished (question, answer) turns. All contents are stripped."""
-        def fill(parts, **contents):  # one pass of str.format: braces inside the contents stay what they are
-            return [part.format(**contents) if isinstance(part, str) else part for part in parts]
-
+        """The Prompt of a question after finished (question, answer) turns. All contents are stripped."""
         if not question.strip():
             raise ValueError("the prompt is empty")
-        f = self.format
-        system = fill(f.system, s=self.system) if self.system else []
-        inside = any(isinstance(part, str) and "{system}" in part for part in f.turn)
-        parts = list(f.begin) + ([] if inside else system)
+        f, inside = self.format, "{system}" in self.format.turn
+        system = self.fill(f.system, s=self.system) if self.system else []
+        parts = self.fill(f.begin) + ([] if inside else system)
         for i, (q, a) in enumerate((*history, (question, None))):
-            parts += fill(f.turn, q=q.strip(), system="".join(system) if inside and i == 0 else "")
+            parts += self.fill(f.turn, q=q.strip(), system="".join(system) if inside and i == 0 else "")
             if a is not None:
-                parts += fill(f.answer, a=a.strip())
+                parts += self.fill(f.answer, a=a.strip())
         instruction, ids = self.encode(parts), self.encode([*parts, f.r_pos])
         if ids[:len(instruction)] != instruction:
-            raise ValueError(f'this tokenizer joins "{f.r_pos}" with the end of the instruction, so that p has no place')
+            raise ValueError(f'this tokenizer joins "{f.r_pos}" with the instruction, so that p has no place')
         return Prompt(ids, p=len(instruction) - 1, e=len(ids) - 1)
-
-
-def find_format(folder):
-    """The chat format a folder shows in its chat template, else in its name. Raises ValueError if neither tells."""
-    folder = Path(folder)
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            template = (folder / name).read_text(encoding="utf-8", errors="replace")
-            for mark, format in MARKS.items():
-                if mark in template:
-                    return format
-    for part in reversed(folder.resolve().parts[-3:]):  # a hub's cache has the model's name two levels up
-        for name in FORMATS:
-            if name in part.lower():
-                return name
-    raise ValueError(f"{folder}: no chat template, and the name does not tell it: give --format, one of {', '.join(FORMATS)}")

@@ -13,7 +13,7 @@ import torch
 import llama
 import scans
 from data.golden.make import ANCHOR_COUNT, MODEL
-from data.tiny.make import World, questions
+from data.tiny.world import World
 from tokenizer import BOS, Prompt
 
 KINDS = ("harmful", "dangerous")  # the questions; "dangerous" ones only sound so
@@ -40,7 +40,7 @@ class Ledger:
         self.method = scans.Scans.load(MODEL, device="cpu", sampling={"max_new_tokens": LIMIT})
         self.model, self.tokenizer, self.chosen = self.method.model, self.method.tokenizer, self.method.settings
         self.v_r, self.world = self.method.vectors.v_r, World()
-        self.questions = {kind: [question for _, question in questions(self.world, kind, "taught", "test", n)] for kind in KINDS}
+        self.questions = {kind: [question for _, question in self.world.questions(kind, "taught", "test", n)] for kind in KINDS}
         self.streams = self.read(self.prompts(0))
         self.s, self.T = self.scores(self.streams)
         self.refused = self.both_answers(self.v_r)

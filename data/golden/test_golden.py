@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceProcessor
@@ -27,9 +28,10 @@ sys.path.insert(0, str(ROOT))
 import llama
 import scans
 from data.golden import compare as kit
-from data.golden import ledger, make, mistakes, port_numpy
+from data.golden import ledger, make, mistakes, models, port_numpy
 from data.golden.compare import GOLDEN, HINTS, compare, main, read, walk
-from tokenizer import FORMATS, Prompt
+from formats import FORMATS
+from tokenizer import Prompt
 
 HERE = ROOT / "data" / "golden"
 META = read(GOLDEN)[1]
@@ -94,7 +96,7 @@ def test_the_other_files_are_up_to_date(remade):
 
 def test_names_shapes_and_size_are_those_of_the_table(golden):
     assert GOLDEN.stat().st_size < 4e6
-    config, table = llama.Config.from_folder(make.MODEL), (HERE / "golden.md").read_text(encoding="utf-8")
+    config, table = llama.read_config(make.MODEL), (HERE / "golden.md").read_text(encoding="utf-8")
     steps = walk(golden, QUERIES)
     assert len(steps) == len(golden) == len(dict(steps))
     for name, entry in steps:
@@ -120,7 +122,7 @@ def test_the_answers_in_the_metadata_are_the_ids_spelled_out(golden):
             assert text.replace("\u2581", " ").removeprefix(" ") == query[which]
 
 
-@pytest.mark.parametrize("shape", make.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 @torch.inference_mode()
 def test_transformers_gives_the_passes_of_the_random_models(shape, caplog):
     tensors, meta, _ = read(SHAPES)
@@ -136,7 +138,7 @@ def test_transformers_gives_the_passes_of_the_random_models(shape, caplog):
     assert [id for id in answer.tolist() if id not in np.atleast_1d(model.config.eos_token_id)] == t["default_ids"].tolist()
 
 
-@pytest.mark.parametrize("shape", make.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 @torch.inference_mode()
 def test_llama_gives_the_passes_of_the_random_models(shape):
     tensors, meta, _ = read(SHAPES)
@@ -151,35 +153,57 @@ def test_llama_gives_the_passes_of_the_random_models(shape):
 def test_the_random_models_are_small_and_show_what_they_are_for():
     size = sum(path.stat().st_size for path in [SHAPES, *(HERE / "shapes").rglob("*.*")])
     assert size < 1e6, size
-    config = {shape: port_numpy.read_config(HERE / "shapes" / shape) for shape in make.SHAPES}
+    config = {shape: port_numpy.read_config(HERE / "shapes" / shape) for shape in models.SHAPES}
     assert config["grouped"]["E"] != config["grouped"]["D"] // config["grouped"]["H"] > config["grouped"]["K"]
-    assert config["window"]["window"] < make.SHAPE_TOKENS - 2
+    assert config["window"]["window"] < models.LENGTH - 2
     scaled = port_numpy.frequencies(config["llama3"]) / port_numpy.frequencies({**config["llama3"], "scaling": None})
     assert scaled.max() == 1 and np.isclose(scaled.min(), 1 / 8) and ((scaled > 0.13) & (scaled < 0.99)).any()
 
 
-def test_the_ids_of_every_format_are_those_of_the_kit_s_table():
-    """The table of formats in models.md, encoded piece by piece between the control ids, gives formats.json."""
-    rows = re.findall(r"^\| ([\w-]+) \| `(.*?)` \| (?:none|`(.*?)`( and the same)?) \| `(.*?)` \|$",
-                      (HERE / "models.md").read_text(encoding="utf-8").replace("\\|", "!"), re.M)
-    rows = [[text.replace("!", "|").replace("\\n", "\n") for text in row] for row in rows]
-    table = {name: (bare, more + (bare if same else ""), r_pos) for name, bare, more, same, r_pos in rows}
-    cases = json.loads((HERE / "formats.json").read_text(encoding="utf-8"))
-    assert {case["format"] for case in cases} == set(FORMATS) == set(table)
-    assert all(any(case["format"] == name and bool(case["system"]) == some for case in cases)
-               for name, chat in FORMATS.items() for some in ([False, True] if chat.system else [False]))
-    sp = SentencePieceProcessor(model_file=str(make.MODEL / "tokenizer.model"))
-    for case in cases:
-        bare, with_system, r_pos = table[case["format"]]
-        text = with_system if case["system"] else bare
+def written_formats():
+    """{format: {"": template, "{s}": template with a system prompt, "r_pos": text}} as models.md writes them."""
+    found = {}
+    for line in (HERE / "models.md").read_text(encoding="utf-8").partition("## Chat formats")[2].splitlines():
+        label, text = line[4:17], line[17:].replace("\\n", "\n")
+        if not line.startswith("    "):
+            continue
+        if label.strip():
+            found.setdefault(label.strip(), {}) if label[0] != " " else None
+            name = label.strip() if label[0] != " " else name
+            key = label.strip() if label[0] == " " else ""
+        found[name][key] = found[name].get(key, "") + text
+    return {name: {**parts, "r_pos": json.loads(parts["r_pos"])} for name, parts in found.items()}
 
-        def ids(text):
-            parts = re.split("(<BOS>|<EOS>)", text)
-            parts = [part.replace("{s}", case["system"].strip()).replace("{q}", case["query"].strip()) for part in parts]
-            return [id for part in parts if part
-                    for id in {"<BOS>": [1], "<EOS>": [2]}.get(part) or sp.encode(part)]
-        assert ids(text + r_pos) == case["ids"], case
-        assert (len(ids(text)) - 1, len(case["ids"]) - 1) == (case["p"], case["e"])
+
+def test_the_ids_of_every_format_are_those_that_the_kit_writes_down():
+    """The formats of models.md, each stretch between control tokens encoded by itself, give formats.json."""
+    formats, cases = written_formats(), json.loads((HERE / "formats.json").read_text(encoding="utf-8"))
+    assert {case["format"] for case in cases} == set(FORMATS) == set(formats)
+    for name, chat in FORMATS.items():
+        assert {bool(case["system"]) for case in cases if case["format"] == name} == {False, bool(chat.system)}
+        assert ("{s}" in formats[name]) == bool(chat.system)
+    sp = SentencePieceProcessor(model_file=str(make.MODEL / "tokenizer.model"))
+    tokens = tokenizers.Tokenizer.from_file(str(HERE / "vocabulary" / "tokenizer.json"))
+    tokens.encode_special_tokens = True
+    for case in cases:
+        ours = case["tokenizer"] == "vocabulary"
+        names = {name: tokens.token_to_id(name) for name in FORMATS[case["format"]].controls}
+        names |= {"<BOS>": tokens.token_to_id("<|begin|>"), "<EOS>": tokens.token_to_id("<|end|>")} if ours else \
+            {"<BOS>": 1, "<EOS>": 2}
+
+        def ids(template):
+            found = []
+            for part in re.split("(" + "|".join(map(re.escape, names)) + ")", template):
+                text = part.replace("{s}", case["system"].strip()).replace("{q}", case["query"].strip())
+                if part in names:
+                    found.append(names[part])
+                elif text:
+                    found += tokens.encode(text, add_special_tokens=False).ids if ours else sp.encode(text)
+            return found
+        chat = formats[case["format"]]
+        template = chat["{s}" if case["system"] else ""]
+        assert ids(template + chat["r_pos"]) == case["ids"], case
+        assert (len(ids(template)) - 1, len(case["ids"]) - 1) == (case["p"], case["e"])
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -214,7 +238,7 @@ def test_the_port_through_the_comparison_in_a_bare_folder(golden, tmp_path):
 def test_the_random_models_through_the_comparison(tmp_path):
     tensors, _, _ = read(SHAPES)
     theirs = {}
-    for shape in make.SHAPES:
+    for shape in models.SHAPES:
         wanted = {name: x for name, x in tensors.items() if name.startswith(shape)}
         wanted["max_new_tokens"] = tensors["max_new_tokens"]
         theirs |= port_numpy.port(HERE / "shapes" / shape, wanted)

@@ -1,11 +1,14 @@
-"""Proof of the experiments: metrics by hand and against reference packages, every command on the embedded model.
+"""Proof of the experiments: metrics by hand and against reference packages, every command on the embedded
+model.
 
-Prompts are our own sentences in the layouts of the data sets; the answers of data/tiny to them do not matter here, only that
-they are the same however they were come by.
+Prompts are our own sentences in the layouts of the data sets; the answers of data/tiny to them do not matter
+here, only that they are the same however they were come by.
 """
 import csv
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import llama  # noqa: E402
-from data import experiments  # noqa: E402
+from data.experiments import core, figure3_figure5, table2_refusals, table3_capability, table4_speed  # noqa: E402
+from data.experiments.__main__ import main  # noqa: E402
+from data.experiments.figure4_classifier import classifier_metrics  # noqa: E402
 from scans import Scans, auroc, is_refusal  # noqa: E402
 
 TINY = ROOT / "data" / "tiny"
@@ -56,11 +61,11 @@ def tiny():
 @pytest.fixture
 def command(capsys, monkeypatch):
     """Runs a command here and gives its object of --json (None if it failed) and what it said."""
-    def run(*args, status=0):
-        monkeypatch.setattr(sys, "argv", ["experiments.py", *map(str, args), "--json"])
+    def run(*args, status=0, flags=["--json"]):
+        monkeypatch.setattr(sys, "argv", ["experiments", *map(str, args), *flags])
         capsys.readouterr()
         try:
-            experiments.main()
+            main()
             ended = 0
         except SystemExit as error:
             ended = error.code
@@ -83,53 +88,40 @@ def lines(path):
 def test_wilson_by_hand():
     """n = 10, z = 1.96: k = 0 gives 0 and z^2 / (n + z^2); k = 5 is symmetric around one half."""
     z2 = 3.8414588
-    assert experiments.wilson(0, 10) == pytest.approx([0, 100 * z2 / (10 + z2)], abs=1e-4)
-    low, high = experiments.wilson(5, 10)
+    assert core.percent([False] * 10)[1] == pytest.approx([0, 100 * z2 / (10 + z2)], abs=1e-4)
+    low, high = core.percent([True, False] * 5)[1]
     assert low + high == pytest.approx(100) and low == pytest.approx(23.659, abs=1e-3)
-    assert experiments.percent([True, False, None, True]) == (pytest.approx(200 / 3), experiments.wilson(2, 3))
-    assert experiments.percent([None]) == (None, None)
+    assert core.percent([True, False, None, True]) == (pytest.approx(200 / 3), core.percent([True, False, True])[1])
+    assert core.percent([None]) == (None, None)
 
 
 def test_classifier_metrics_by_hand():
     """Scores .9 H, .8 -, .7 H, .2 -; at .75 one of two found is right, and one of two harmful is found."""
-    m = experiments.classifier_metrics("x", [0.9, 0.8, 0.7, 0.2], [True, False, True, False], 0.75)
+    m, safe = classifier_metrics("x", [0.9, 0.8, 0.7, 0.2], [True, False, True, False], 0.75)
     assert (m["precision"], m["recall"], m["f1"], m["accuracy"], m["wrong"]) == (0.5, 0.5, 0.5, 0.5, 2)
     assert m["auroc"] == 0.75 and m["auprc"] == pytest.approx((1 + 2 / 3) / 2)
-    assert experiments.average_precision([0.5] * 4, [True, False, False, False]) == 0.25           # ties are one step
-    one_kind = experiments.classifier_metrics("x", [0.1, 0.2], [False, False], 0.75)
-    assert [one_kind[key] for key in ("precision", "recall", "f1", "auroc", "auprc")] == [None] * 5 and one_kind["accuracy"] == 1
+    assert safe["auroc"] == 0.75 and safe["auprc"] == pytest.approx((1 + 2 / 3) / 2)    # from below: -, H, -, H
+    ties, _ = classifier_metrics("x", [0.5] * 4, [True, False, False, False], 0.75)
+    assert ties["auprc"] == 0.25                                                        # ties are one step
+    one_kind, _ = classifier_metrics("x", [0.1, 0.2], [False, False], 0.75)
+    assert [one_kind[key] for key in ("precision", "recall", "f1", "auroc", "auprc")] == [None] * 5
+    assert one_kind["accuracy"] == 1
 
 
-def test_classifier_metrics_against_scikit_learn():
-    metrics = pytest.importorskip("sklearn.metrics")
-    draw = torch.Generator().manual_seed(0)
-    harmful = (torch.rand(300, generator=draw) < 0.3).tolist()
-    scores = [round(float(x) + 0.3 * h, 1) for x, h in zip(torch.rand(300, generator=draw), harmful)]   # many ties
-    m = experiments.classifier_metrics("x", scores, harmful, 0.6)
-    found = [s >= 0.6 for s in scores]
-    assert [m["precision"], m["recall"], m["f1"]] == pytest.approx(metrics.precision_recall_fscore_support(harmful, found, average="binary")[:3])
-    assert m["accuracy"] == pytest.approx(metrics.accuracy_score(harmful, found))
-    assert m["auroc"] == pytest.approx(metrics.roc_auc_score(harmful, scores), abs=1e-6)
-    assert m["auprc"] == pytest.approx(metrics.average_precision_score(harmful, scores))
-
-
-def test_rouge_by_hand_and_against_rouge_score():
-    assert experiments.rouge("The cat sat.", "the cat lay") == pytest.approx([200 / 3, 50, 200 / 3])
-    assert experiments.rouge("b a", "a b") == pytest.approx([100, 0, 50])
-    assert experiments.rouge("", "a b") == [0, 0, 0]
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
-    pairs = [("A ferry was late because of fog; the ferry waited.", "Fog made the ferry late, and it waited in the fog."),
-             ("One two three two one", "two one two three"), ("Nothing in common", "at all")]
-    for answer, reference in pairs:
-        want = scorer.score(reference, answer)
-        assert experiments.rouge(answer, reference) == pytest.approx([100 * want[key].fmeasure for key in ("rouge1", "rouge2", "rougeL")])
+def test_either_class_as_the_positive_one():
+    """Of three harmful and one safe, two harmful and the safe one are called harmful."""
+    harmful, safe = classifier_metrics("x", [0.9, 0.8, 0.1, 0.7], [True, True, True, False], 0.5)
+    assert (harmful["positive"], harmful["precision"], harmful["recall"]) == ("harmful", 2 / 3, 2 / 3)
+    assert (safe["positive"], safe["precision"], safe["recall"], safe["f1"]) == ("safe", 0, 0, 0)
+    assert harmful["accuracy"] == safe["accuracy"] == 0.5 and harmful["auroc"] == safe["auroc"] == pytest.approx(2 / 3)
+    assert safe["auprc"] == 0.5 and harmful["auprc"] == pytest.approx((1 + 1 + 3 / 4) / 3)
 
 
 @pytest.mark.parametrize("answer, repetitive", [
     ("Beat it. " * 8, True), ("Sure, " + "no " * 12 + "n", True), ("x" * 40, True), ("Beat it. Beat it.", False), ("Wait.....", False),
     ("Use eggs, flour, sugar, butter, milk, salt, yeast, lemon and water.", False), ("", False)])
 def test_repetitive(answer, repetitive):
-    assert experiments.is_repetitive(answer) == repetitive
+    assert table2_refusals.is_repetitive(answer) == repetitive
 
 
 @pytest.mark.parametrize("kind, refused, answers", [
@@ -152,7 +144,7 @@ def test_refusals(kind, refused, answers):
 def test_labels_and_anchors(tmp_path, capsys):
     (tmp_path / "a.csv").write_text("id,prompt,type,label,focus,note\n1,Kill the lights.,homonyms,safe,,\n2,Burn a shop.,contrast_homonyms,unsafe,,\n")
     (tmp_path / "b.txt").write_text("Whip cream.\n\nKill the lights.\n")
-    items = experiments.read_items([str(tmp_path / "a.csv"), f"safe:{tmp_path / 'b.txt'}"], {"Kill the lights."})
+    items = core.read_items([str(tmp_path / "a.csv"), f"safe:{tmp_path / 'b.txt'}"], {"Kill the lights."})
     assert [(item.prompt, item.label, item.type, item.row) for item in items] == [
         ("Burn a shop.", "unsafe", "contrast_homonyms", 2), ("Whip cream.", "safe", "", 1)]
     assert "2 dropped that are anchors" in capsys.readouterr().err
@@ -171,6 +163,8 @@ def test_files_that_cannot_be(tmp_path, command, content, given, message):
 def test_parquet_and_twice(tmp_path, command, files):
     assert "convert it" in command("eval", tmp_path / "x.parquet", status=2)[1]
     assert "given twice" in command("eval", files[0], files[0], status=2)[1]
+    (tmp_path / "other.csv").symlink_to(files[0])
+    assert "other.csv: given twice" in command("eval", files[0], tmp_path / "other.csv", status=2)[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -204,8 +198,9 @@ def test_eval(whole, files, tiny):
     assert table[files[0], "homonyms"]["n"] == 2 and table[files[1][5:], "all"]["n"] == 2
     right = sum(record["refused"]["scans"] == (record["label"] == "unsafe") for record in records)
     assert result["answers"][1]["average"] == pytest.approx(100 * right / 11)
-    assert [row["classifier"] for row in result["classifier"]] == ["s_q", "guard"]
-    assert result["classifier"][1]["n"] == 9 and result["classifier"][1]["auroc"] == 1
+    assert [row["classifier"] for row in result["classifier"]] == ["s_q", "s_q", "guard", "guard"]
+    assert [row["positive"] for row in result["classifier"]] == ["harmful", "safe"] * 2
+    assert result["classifier"][2]["n"] == 9 and result["classifier"][2]["auroc"] == 1
     assert sum(record["sigma"] == {"safe": 1, "unsafe": -1}[record["label"]] for record in records) == result["classifier"][0]["wrong"]
 
 
@@ -254,6 +249,74 @@ def test_other_prompts_and_other_files_are_refused(whole, files, command, tmp_pa
     assert "line 1 is no result of this command" in command("eval", files[0], "--max-new-tokens", 12, "--out", out, status=2)[1]
 
 
+def test_only_a_results_file_is_written_to(whole, files, command, tmp_path):
+    """Another file, a half-written first line, a pipe: refused before a model is loaded, and left as they are."""
+    out = tmp_path / "notes"
+    for content in ("precious", "precious\n", "[]\n", "prompt,label\nWhip cream.,safe\n", whole[0].read_text()[:60]):
+        out.write_text(content)
+        said = command("eval", *files, "--model", "none", "--out", out, status=2)[1]
+        assert "notes: line 1 is no result of this command" in said and out.read_text() == content
+    out.unlink()
+    os.mkfifo(out)
+    assert "no regular file" in command("eval", *files, "--out", out, status=2)[1]
+    (tmp_path / "link").symlink_to(tmp_path / "out.jsonl")
+    command("eval", *files, "--max-new-tokens", 0, "--out", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(lines(tmp_path / "out.jsonl")) == 11
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("label", "harmful", "label is 'harmful'"), ("label", "unsafe", "has label 'unsafe', this run 'safe'"),
+    ("type", "other words", "has type 'other words', this run 'other'"), ("type", None, "type is None"),
+    ("score:guard", 0.7, "has score:guard 0.7, this run 0.0"), ("score:other", 0.7, "has score:other 0.7, this run None"),
+    ("score", "high", "score is 'high'"), ("score", math.nan, "score is nan"), ("score", ..., "it has no score"),
+    ("row", 1.5, "row is 1.5"), ("row", True, "row is True"), ("sigma", 2, "sigma is 2"), ("scans", 3, "scans is 3"),
+    ("refused", {"default": "no", "scans": None}, "default is 'no'"), ("refused", [], "no result of this command: []"),
+    ("stopped", {"default": None}, "it has no scans"), ("settings", 1, "no result of this command: 1")])
+def test_records_that_cannot_be(whole, files, command, tmp_path, field, value, message):
+    record = json.loads(whole[0].read_text().splitlines()[0])
+    record[field] = value
+    text = json.dumps({key: value for key, value in record.items() if value is not ...}) + "\n"
+    (tmp_path / "out.jsonl").write_text(text)
+    said = command("eval", *files, "--max-new-tokens", 12, "--out", tmp_path / "out.jsonl", status=2)[1]
+    assert "out.jsonl: line 1" in said and message in said
+    assert (tmp_path / "out.jsonl").read_text() == text
+
+
+def test_labels_given_anew_are_another_run(command, tmp_path):
+    (tmp_path / "q.txt").write_text("Whip cream.\n")
+    flags = ["--max-new-tokens", 2, "--out", tmp_path / "out.jsonl"]
+    command("eval", f"safe:{tmp_path / 'q.txt'}", *flags)
+    assert "has label 'safe', this run 'unsafe'" in command("eval", f"unsafe:{tmp_path / 'q.txt'}", *flags, status=2)[1]
+
+
+def test_one_process_writes_a_results_file(files, command, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    flags = ["eval", *files, "--max-new-tokens", 0, "--out", tmp_path / "out.jsonl"]
+    with open(tmp_path / "out.jsonl", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is writing it" in command(*flags, status=2)[1]
+    assert command(*flags)[0] and os.listdir(tmp_path) == ["out.jsonl"]
+
+
+def test_a_disk_that_fills_up_leaves_the_file_as_it_was(whole, files, command, monkeypatch, tmp_path):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+    (tmp_path / "out.jsonl").write_text(whole[0].read_text())
+    monkeypatch.setattr(os, "replace", full)
+    said = command("eval", *files, "--max-new-tokens", 12, "--out", tmp_path / "out.jsonl", status=2)[1]
+    assert "No space left" in said and os.listdir(tmp_path) == ["out.jsonl"]
+    assert (tmp_path / "out.jsonl").read_text() == whole[0].read_text()
+
+
+@pytest.mark.parametrize("environment, message", [
+    ({"RANK": "abc"}, "RANK=abc in the environment"), ({"WORLD_SIZE": "-1"}, "WORLD_SIZE=-1"),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, "need less than WORLD_SIZE, 2")])
+def test_an_environment_that_torchrun_did_not_make(environment, message):
+    ran = subprocess.run([sys.executable, "-m", "data.experiments", "bench"], cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, **environment})
+    assert ran.returncode == 2 and message in ran.stderr and ran.stderr.count("\n") == 1
+
+
 def test_two_processes(whole, files, tmp_path):
     """torchrun's tables and file are those of one process; it goes on from what one process and another's part left."""
     out, done = tmp_path / "out.jsonl", whole[0].read_text().splitlines(keepends=True)
@@ -285,8 +348,8 @@ def test_nan_names_layer_and_prompt(files, command, monkeypatch):
         scans = setup(args)
         scans.model.blocks[5].w_down = torch.full_like(scans.model.blocks[5].w_down, math.nan)
         return scans
-    setup = experiments.setup
-    monkeypatch.setattr(experiments, "setup", broken)
+    setup = core.setup
+    monkeypatch.setattr(core, "setup", broken)
     _, said = command("eval", *files, "--batch-size", 1, status=2)
     assert any(f"after layer 5, at {prompt!r}" in said for prompt in SAFE + UNSAFE)
     assert "after layer 5, at prompt" in command("figures", *files, status=2)[1]
@@ -329,21 +392,33 @@ def test_figures(files, command, tiny, tmp_path):
     row, harmful = result["cosines"][7], torch.tensor([False] * 4 + [True] * 5 + [False] * 2)
     assert row["unsafe"] == pytest.approx(float(decision.cosines[harmful, 7].mean()), abs=1e-5)
     assert row["auroc"] == pytest.approx(auroc(decision.cosines[harmful, 7], decision.cosines[~harmful, 7]))
-    assert [row["layer"] for row in result["pca"]] == [2, 6, 11] and experiments.pictured_layers(32) == [8, 19, 31]
+    assert [row["layer"] for row in result["pca"]] == [2, 6, 11] and figure3_figure5.pictured_layers(32) == [8, 19, 31]
     assert "figures need two of each kind" in command("figures", files[1], status=2)[1]
 
 
-def test_principal_components_against_scikit_learn():
-    decomposition = pytest.importorskip("sklearn.decomposition")
-    a = torch.randn(30, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(8, 0, -1)
-    xy, shares = experiments.two_components(a, torch.arange(30) < 10)
-    pca = decomposition.PCA(2).fit(a.numpy())
-    assert shares == pytest.approx(pca.explained_variance_ratio_.tolist(), abs=1e-5)
-    assert torch.allclose(xy.abs(), torch.tensor(pca.transform(a.numpy())).abs(), atol=1e-4) and (xy[:10].mean(0) >= 0).all()
+def test_principal_components_by_hand():
+    """Along (3, 4, 0) from -2 to 2, and across it by one: shares 10 to 2, harmful ones at the plus end of either."""
+    along, across = torch.tensor([3.0, 4.0, 0.0]) / 5, torch.tensor([0.0, 0.0, 1.0])
+    steps, side = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.0, 0.0]), torch.tensor([0.0] * 5 + [-1.0, 1.0])
+    a_t = 7 + steps[:, None] * along + side[:, None] * across
+    harmful = torch.tensor([True, False, False, False, False, True, False])
+    xy, shares = figure3_figure5.two_components(a_t, harmful)
+    assert shares == pytest.approx([10 / 12, 2 / 12])
+    assert torch.allclose(xy, torch.stack((-steps, -side), 1), atol=1e-5)
 
 
-def test_plot_without_matplotlib(files, command, monkeypatch):
+def test_packages_that_are_not_installed(files, command, monkeypatch):
+    """One line before anything is loaded; bench needs none of them."""
+    for module in ("matplotlib", "scipy", "sklearn", "rouge_score", "tqdm", "transformers"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert "versus needs transformers: pip install transformers" in command("versus", status=2, flags=[])[1]
+    command("bench", "--max-new-tokens", 1, "--trials", 1)
+    assert "sweep needs scipy: pip install scipy" in command("sweep", "alpha", *files, status=2)[1]
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert "eval needs scikit-learn: pip install scikit-learn" in command("eval", *files, "--model", "none", status=2)[1]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "sklearn")
     assert "pip install matplotlib" in command("figures", *files, "--plot", "x", status=2)[1]
 
 
@@ -390,7 +465,7 @@ def test_perplexity_is_that_of_transformers(tiny, tmp_path):
     """Without SCANS, on the same windows: the first half as the query, the loss of the second."""
     transformers = pytest.importorskip("transformers")
     (tmp_path / "text.txt").write_text(TEXT)
-    found = experiments.perplexity(tiny, tmp_path / "text.txt", 2)
+    found = table3_capability.perplexity(tiny, tmp_path / "text.txt", 2)
     oracle, tokenizer = transformers.LlamaForCausalLM.from_pretrained(TINY, dtype=torch.float32), tiny.tokenizer
     ids = tokenizer.encode([TEXT])
     half = (512 - len(tokenizer.prompt("a").ids)) // 2
@@ -406,7 +481,7 @@ def test_perplexity_is_that_of_transformers(tiny, tmp_path):
         tokens += len(answer)
     assert found["n"] == 2 and found["default"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
     assert found["scans"] != found["default"]
-    still = experiments.perplexity(experiments.changed(tiny, sigma=0), tmp_path / "text.txt", 2)
+    still = table3_capability.perplexity(core.changed(tiny, sigma=0), tmp_path / "text.txt", 2)
     assert still["scans"] == still["default"] == pytest.approx(found["default"], rel=1e-6)
 
 
@@ -424,19 +499,22 @@ def mmlu_folder(tmp_path):
 
 
 def test_mmlu(mmlu_folder, tiny):
-    read = experiments.read_mmlu(mmlu_folder, None)
+    read = table3_capability.read_mmlu(mmlu_folder, None)
     assert [(subject, row[5], len(examples)) for subject, row, examples in read] == [("astronomy", "B", 5), ("astronomy", "D", 5), ("marketing", "A", 0)]
     assert read[0][1][0] == "Which of these,\nsay, has rings?"
-    assert experiments.mmlu_query("astronomy", read[1][1], read[1][2][:1]) == (
+    for name in ("dev", "test"):
+        shutil.copytree(mmlu_folder / name, mmlu_folder / "other" / f"mmlu_{name}")
+    assert table3_capability.read_mmlu(mmlu_folder / "other", None) == read
+    assert table3_capability.mmlu_query("astronomy", read[1][1], read[1][2][:1]) == (
         "The following are multiple choice questions (with answers) about astronomy.\n\nWhich body circles the Earth?\nA. The Moon\nB. Mars\nC. Venus\nD. The Sun\n"
         "Answer: A\n\nWhich is a star?\nA. Mars\nB. Io\nC. Ceres\nD. Sirius\nAnswer:")
-    letters = experiments.letter_ids(tiny.tokenizer)
+    letters = table3_capability.letter_ids(tiny.tokenizer)
     assert [tiny.tokenizer.piece(id) for id in letters] == ["\u2581A", "\u2581B", "\u2581C", "\u2581D"]
-    rows = {row["measure"]: row for row in experiments.mmlu(tiny, mmlu_folder, None, 2)}
+    rows = {row["measure"]: row for row in table3_capability.mmlu(tiny, mmlu_folder, None, 2)}
     right = shortened = 0
     for subject, row, examples in read:  # one by one, in one uncached pass
         for n in range(len(examples), -1, -1):
-            prompt = tiny.tokenizer.prompt(experiments.mmlu_query(subject, row, examples[:n]))
+            prompt = tiny.tokenizer.prompt(table3_capability.mmlu_query(subject, row, examples[:n]))
             if len(prompt.ids) <= 512:
                 break
         shortened += n < len(examples)
@@ -445,7 +523,7 @@ def test_mmlu(mmlu_folder, tiny):
     assert list(rows) == ["MMLU STEM, % right", "MMLU other, % right", "MMLU average, % right"]
     average = rows["MMLU average, % right"]
     assert average["n"] == 3 and average["default"] == pytest.approx(100 * right / 3) and average["shortened"] == shortened
-    assert len(experiments.GROUP) == 43             # with the 14 of "other", the 57 subjects
+    assert len(table3_capability.GROUP) == 43             # with the 14 of "other", the 57 subjects
 
 
 def test_mmlu_files_that_cannot_be(mmlu_folder, command):
@@ -477,19 +555,21 @@ def test_bench(command, monkeypatch):
     result, _ = command("bench", "--max-new-tokens", 4, "--trials", 1)
     assert result["price"][0]["positions"] == 2
     assert [row["positions"] for row in result["speed"]] == [128, 130, 130]
+    said = command("bench", "--max-new-tokens", 2000, status=2)[1]
+    assert "--max-new-tokens 2000: 128 tokens of the prompt and 2000 new ones, the model's context is 512" in said
     assert 0 < result["machine"][0]["share_reached"] and result["extraction"][0]["prompts_per_second"] > 0
 
 
 def test_shapes(command, monkeypatch):
-    shapes = {name: experiments.SHAPES[name] for name in ("1b", "7b", "13b")}
+    shapes = {name: table4_speed.SHAPES[name] for name in ("1b", "7b", "13b")}
     for name, millions in (("1b", 1100), ("7b", 6738), ("13b", 13016)):
         D, L, H, K, width = shapes[name]
         size = L * (2 * D * D + 2 * D * D * K // H + 3 * D * width + 2 * D) + D + 2 * 32000 * D
         assert size / 1e6 == pytest.approx(millions, abs=1)
-    monkeypatch.setattr(experiments, "free_bytes", lambda device: 8e9)
+    monkeypatch.setattr(table4_speed, "free_bytes", lambda device: 8e9)
     assert "13.5 GB of weights in float16 and 1 GB beside them, 8.0 GB are free" in command("bench", "--shape", "7b", "--dtype", "float16", status=2)[1]
-    monkeypatch.setitem(experiments.SHAPES, "1b", (64, 6, 4, 2, 96))
-    model = experiments.random_model("1b", torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setitem(table4_speed.SHAPES, "1b", (64, 6, 4, 2, 96))
+    model = table4_speed.random_model("1b", torch.device("cpu"), torch.bfloat16)
     assert model.embed.dtype == torch.bfloat16 and model.config.L == 6 and 0.01 < float(model.blocks[5].w_up.to_dense().float().std()) < 0.03
     result, said = command("bench", "--shape", "1b", "--max-new-tokens", 2, "--trials", 1)
     assert "bfloat16" in said and result["price"][0]["positions"] == 2
