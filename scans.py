@@ -362,7 +362,7 @@ class Scans:
             "prompt": decision.questions[i], "format": self.tokenizer.name, "p": prompt.p, "e": prompt.e,
             "score": float(decision.s[i]), "threshold": chosen.T, "threshold_rule": chosen.T_rule,
             "sigma": int(decision.sigma[i]), "alpha": chosen.alpha,
-            "steer_layers": chosen.steer, "classify_layers": chosen.classify,
+            "steer_layers": chosen.steer, "classify_layers": chosen.classify, "warning": chosen.doubt,
             **both(lambda answer: answer.text),
             "refused": both(lambda answer: is_refusal(answer.text)),
             "stopped": both(lambda answer: answer.stopped),
@@ -422,6 +422,7 @@ class Settings:
     table: Published            # where what was not given comes from
     below: int                  # harmful anchors with a leave-one-out score below T
     above: int                  # harmless anchors with a score of T or more
+    doubt: str | None           # why the decision cannot be trusted, by the anchors' own scores
 
 
 def settings(vectors, format, alpha=None, T=None, steer=None, classify=None):
@@ -441,7 +442,30 @@ def settings(vectors, format, alpha=None, T=None, steer=None, classify=None):
     else:
         T, rule = estimate_threshold(harmful), "estimated from the anchors"
     return Settings(table.alpha if alpha is None else check("alpha", alpha), T, rule, steer, classify, table,
-                    int((harmful < T).sum()), int((harmless >= T).sum()))
+                    int((harmful < T).sum()), int((harmless >= T).sum()), doubt(harmful, harmless))
+
+
+MOST_ABOVE, LEAST_AUROC = 0.2, 0.9      # the decision is doubtful beyond these: our choice, not the paper's
+
+
+def doubt(harmful, harmless):
+    """A warning if the scores of the harmful (n) and the harmless anchors (m) overlap, else None.
+
+    A T estimated from anchors that overlap lies below most harmless queries, which SCANS then steers towards
+    refusal: worse than nothing. A model that was never aligned to refuse is the usual reason.
+    """
+    above, area = (harmless >= estimate_threshold(harmful)).float().mean(), auroc(harmful, harmless)
+    if above <= MOST_ABOVE and area >= LEAST_AUROC:
+        return None
+    return (f"s_q does not tell harm here: {above:.0%} of the harmless anchors reach an estimated T, "
+            f"AUROC {area:.3f}; harmless queries would be steered towards refusal; try other anchors, or "
+            "--classify-layers (--analyze compares some); or this model is not aligned to refuse")
+
+
+def auroc(positive, negative):
+    """Area under the ROC curve: the chance that a positive score lies above a negative one, ties half."""
+    above = positive[:, None] - negative[None, :]
+    return float((above > 0).float().mean() + (above == 0).float().mean() / 2)
 
 
 def span(ends):
@@ -982,6 +1006,8 @@ def setup(args):
         estimate = estimate_threshold(score(vectors.cos_harmful, chosen.classify))
         say(f"warning   the published T loses {chosen.below} of these anchors, an estimated one at most "
             f"{math.floor(QUANTILE * n)}: it was tuned with others; try --threshold {estimate:.4f}")
+    if chosen.doubt:
+        say(f"warning   {chosen.doubt}")
     sampling = Sampling(**{"repetition_penalty": chosen.table.repetition_penalty, **sampling})
     if sampling.temperature:
         say(f"sampling  {sampling}")
@@ -1090,12 +1116,6 @@ def trace(scans, question, args):
     ask(scans, question, args, decided=show)
 
 
-def auroc(positive, negative):
-    """Area under the ROC curve: the chance that a positive score lies above a negative one, ties half."""
-    above = positive[:, None] - negative[None, :]
-    return float((above > 0).float().mean() + (above == 0).float().mean() / 2)
-
-
 def analyze(scans, args):
     """The layers: words of each segment (Table 1), lengths, separation of the anchors. Changes nothing."""
     vectors, L = scans.vectors, scans.model.config.L
@@ -1106,8 +1126,12 @@ def analyze(scans, args):
     rows = [{"layer": l, "v_norm": float(vectors.v_norm[l]), "a_norm": float(vectors.a_norm[l]),
              "auroc": auroc(vectors.cos_harmful[:, l], vectors.cos_harmless[:, l]),
              "top_tokens": by_layer[l]} for l in range(L)]
+    ranges = [separation(vectors, layers) for layers in candidates(L)]
+    set_now = scans.settings.classify
+    best = max(ranges, key=lambda row: (row["auroc"], -row["above"], row["classify_layers"] == set_now))
     if args.json:
-        print(json.dumps({"segments": words, "layers": rows}, ensure_ascii=False))
+        found = {"segments": words, "layers": rows, "ranges": ranges, "best": best["classify_layers"]}
+        print(json.dumps(found, ensure_ascii=False))
         return
     print("segment         tokens its first principal component points to")
     for name, layers in thirds.items():
@@ -1116,6 +1140,25 @@ def analyze(scans, args):
     for row in rows:
         print(f"{row['layer']:5}  {row['v_norm']:20.3f}  {row['a_norm']:8.2f}  {row['auroc']:20.3f}  "
               f"{' '.join(row['top_tokens'][:6])}")
+    print("\nclassification layers  AUROC of the anchors  T estimated  harmless anchors above")
+    for row in ranges:
+        name = show_layers(row["classify_layers"]) + " as set" * (row["classify_layers"] == set_now)
+        print(f"{name:21}  {row['auroc']:20.3f}  {row['threshold']:11.4f}  {row['above']:22}")
+    print(f"best by AUROC: {show_layers(best['classify_layers'])}")
+
+
+def candidates(L):
+    """Ranges of layers that may classify: every run of whole segments."""
+    parts = [list(layers) for layers in segments(L).values() if layers]
+    return [sum(parts[i:j], []) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+
+
+def separation(vectors, layers):
+    """How far the anchors' scores over some layers part harmful from harmless."""
+    harmful, harmless = score(vectors.cos_harmful, layers), score(vectors.cos_harmless, layers)
+    T = estimate_threshold(harmful)
+    return {"classify_layers": layers, "auroc": auroc(harmful, harmless), "threshold": T,
+            "above": int((harmless >= T).sum())}
 
 
 def main():

@@ -33,8 +33,7 @@ import llama
 import scans
 from llama import Cache, Sampling
 from scans import Scans
-from formats import FORMATS, find_format
-from tokenizer import BOS, EOS, Control, Tokenizer, TokenizerJson
+from tokenizer import FORMATS, Tokenizer, TokenizerJson, find_format
 
 ROOT = Path(__file__).resolve().parent
 TINY = ROOT / "data" / "tiny"
@@ -906,7 +905,7 @@ def command(capsys, monkeypatch, *args, stdin=None):
     return status, out, err
 
 
-KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "sigma", "alpha", "steer_layers", "classify_layers", "default", "scans",
+KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "sigma", "alpha", "steer_layers", "classify_layers", "warning", "default", "scans",
         "refused", "stopped", "positions", "seconds"]
 
 

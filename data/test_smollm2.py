@@ -106,7 +106,7 @@ def test_64_greedy_tokens(pair, tokenizer):
 def test_the_main_job(folder, tmp_path):
     """Extraction, a decision with both answers, --analyze and --trace."""
     model = "scans.py", "--model", folder, "--vectors", tmp_path / "v.safetensors", "--anchors", 16
-    asked = run(*model, "--prompt", EGG, "--max-new-tokens", 8, "--json")
+    asked = run(*model, "--refresh", "--prompt", EGG, "--max-new-tokens", 8, "--json")
     assert asked.returncode == 0, asked.stderr
     result = json.loads(asked.stdout)
     assert (result["format"], result["prompt"]) == ("chatml", EGG) and result["default"]

@@ -19,13 +19,14 @@ import torch.distributed as dist
 from scans import (Scans, anchor_texts, digest, fail, find_vectors, load_vectors, number, read_prompts,
                    report, say, settings, setup, shown)
 
+COUNT = number(int, 1, 2**31)
 FLAGS = {  # those that several experiments have
     "files": dict(nargs="+", metavar="FILE", help="prompts; safe:FILE or unsafe:FILE where it has no labels"),
     "--out": dict(metavar="FILE", help="JSON lines, one a prompt, as they come; goes on where it stopped"),
     "--plot": dict(metavar="DIR", help="write pictures there (needs matplotlib)"),
     "--text": dict(metavar="FILE", help="perplexity of this text"),
-    "--limit": dict(metavar="N", type=number(int, 1), help="so many windows, summaries, questions a subject"),
-    "--batch-size": dict(metavar="N", type=number(int, 1), default=16, help="queries at a time, 16"),
+    "--limit": dict(metavar="N", type=COUNT, help="so many windows, summaries, questions a subject"),
+    "--batch-size": dict(metavar="N", type=COUNT, default=16, help="queries at a time, 16"),
 }
 
 
@@ -95,7 +96,7 @@ def read_items(names, anchors=frozenset()):
             if None not in (row.label, said) and row.label != said:
                 raise ValueError(f"{place} is labelled {row.label}, given as {said}:{path}")
             scores = {key: read_score(value, place, key) for key, value in row.fields.items()
-                      if key and key.startswith("score:")}
+                      if key.startswith("score:")}
             if row.text in anchors:
                 dropped += 1
             else:
@@ -178,8 +179,9 @@ def with_anchors(scans, args, anchors, seed):
     def extracting(done, total):
         report(f"extracting vectors: {done} of {total} anchors", done == total)
     with rank_0_first():
-        vectors, _, meta = find_vectors(args.model, scans.model, scans.tokenizer, None, args.refresh,
-                                        args.harmful, args.harmless, anchors, seed, extracting)
+        vectors, _, meta = find_vectors(
+            args.model, scans.model, scans.tokenizer, refresh=args.refresh, harmful=args.harmful,
+            harmless=args.harmless, anchors=anchors, anchor_seed=seed, progress=extracting)
     chosen = settings(vectors, scans.tokenizer.name, args.alpha, args.threshold, args.steer_layers,
                       args.classify_layers)
     n = meta["anchors"]

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.experiments.core import RANK, WORLD, batches, progress
-from scans import digest, fingerprint, say
+from scans import digest, fingerprint, say, written_whole
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # on Windows; nothing is locked there
     fcntl = None
 
 BOTH = ("default", "scans")
@@ -41,9 +41,10 @@ def check_record(record, place, fields=FIELDS):
         value = record.get(name)
         if name not in record:
             raise ValueError(f"{place} is no result of this command: it has no {name}")
+        finite = not isinstance(value, float) or math.isfinite(value)
         if isinstance(kinds, dict):
             check_record(value, place, kinds)
-        elif type(value) not in kinds and value not in kinds or kinds == (float,) and not math.isfinite(value):
+        elif not finite or type(value) not in kinds and value not in kinds:
             raise ValueError(f"{place} is no result of this command: {name} is {repr(value)[:60]}")
 
 
@@ -124,15 +125,11 @@ class Results:
                 file.write(as_lines(records))
 
     def finish(self, records):
-        """The whole file anew, under a name of this process until it is whole; then its parts go."""
+        """The whole file anew; then its parts go."""
         if self.path is None:
             return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
+        with written_whole(self.path) as temporary:
             temporary.write_bytes(as_lines(records))
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
         for part in self.parts():
             part.unlink()
 
@@ -150,6 +147,8 @@ def results(name):
         try:
             if fcntl:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                file.close()    # Windows does not replace a file that is open
         except BlockingIOError:
             raise ValueError(f"{name}: another process is writing it; give another --out") from None
         records, size = read_records(path)

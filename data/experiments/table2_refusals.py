@@ -6,11 +6,11 @@ the whole answer, so that advice which declines one detail counts there as refus
 import re
 import statistics
 
-from data.experiments.core import (RANK, drawn_anchors, need, percent, read_items, share_flags, show, start,
-                                   with_anchors)
+from data.experiments.core import (COUNT, RANK, drawn_anchors, need, percent, read_items, share_flags, show,
+                                   start, with_anchors)
 from data.experiments.figure4_classifier import classifier_metrics
 from data.experiments.results import BOTH, collect, results
-from scans import add_flags, number
+from scans import add_flags
 
 
 def is_repetitive(answer):
@@ -89,8 +89,7 @@ def over_trials(tables, statistic):
 
 def flags(parser):
     share_flags(parser, "files", "--out", "--batch-size")
-    parser.add_argument("--trials", metavar="N", type=number(int, 1), default=1,
-                        help="other draws of the anchors, 1")
+    parser.add_argument("--trials", metavar="N", type=COUNT, default=1, help="other draws of the anchors, 1")
     add_flags(parser)
 
 

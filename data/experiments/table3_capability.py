@@ -57,8 +57,7 @@ def from_p(scans, decision, ids, name):
     """
     p = torch.tensor([prompt.p for prompt in decision.prompts])
     alpha = scans.settings.alpha if name == "scans" else 0.0
-    strength = torch.tensor([result["sigma"] * alpha for result in decision.results], device=scans.v_r.device)
-    steer = steering(scans.v_r, strength, scans.settings.steer).to(scans.model.embed.dtype)
+    steer = steering(scans.v_r, decision.sigma * alpha, scans.settings.steer).to(scans.model.embed.dtype)
     ids = torch.tensor(ids, device=scans.model.embed.device)
     decision.cache.length = p
     x, _ = scans.model.forward(ids, decision.cache, steer)                                  # (B, T, D)
@@ -66,7 +65,7 @@ def from_p(scans, decision, ids, name):
         decision.cache.length = p
         everywhere = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         _, streams = scans.model.forward(ids, decision.cache, steer, everywhere)
-        check_finite(streams, [repr(result["prompt"][:60]) for result in decision.results])
+        check_finite(streams, [repr(question[:60]) for question in decision.questions])
     return scans.model.unembed(x)                                                           # (B, T, V)
 
 
@@ -100,7 +99,7 @@ def perplexity(scans, path, limit, names=BOTH):
                 target = torch.tensor(answer, device=logits.device)
                 loss[name] += float(F.cross_entropy(logits, target, reduction="sum"))
             tokens += len(answer)
-            harmful += decision.results[0]["sigma"] == 1
+            harmful += int(decision.sigma[0] == 1)
             bar.update()
     return {"n": len(starts), **{name: math.exp(loss[name] / tokens) for name in names}, "harmful": harmful}
 
@@ -187,7 +186,7 @@ def mmlu(scans, folder, limit, size, names=BOTH):
                       for name in names}
             for i, (_, _, subject, answer, shortened) in enumerate(batch):
                 marks = {**{name: chosen[name][i] == answer for name in names}, "shortened": shortened,
-                         "harmful": decision.results[i]["sigma"] == 1}
+                         "harmful": int(decision.sigma[i] == 1)}
                 for group in (GROUP.get(subject, "other"), "average"):
                     groups.setdefault(group, []).append(marks)
             bar.update(len(batch))

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import llama
-from data.experiments.core import show
+from data.experiments.core import COUNT, show
 from llama import Cache, Sampling
-from scans import (Scans, add_flags, choose_device, choose_threads, extract, number, report, say, settings,
+from scans import (Scans, add_flags, choose_device, choose_threads, extract, report, say, settings,
                    shown)
 from tokenizer import FORMATS, Prompt
 
@@ -62,7 +62,7 @@ def random_model(shape, device, dtype, packed=True):
     """
     D, L, H, K, width = SHAPES[shape]
     config = llama.Config(D=D, L=L, H=H, K=K, E=D // H, F=width, V=32000, context=4096, norm_eps=1e-5,
-                          rope_theta=1e4, rope_factor=1.0, window=None, tied=False, eos=())
+                          rope_theta=1e4, rope_factor=1.0, rope_bands=None, window=None, tied=False, eos=())
     names, tensors = llama.checkpoint_names(config), {}
     wanted = sum(math.prod(size) for _, _, size in names.values()) * dtype.itemsize
     if wanted + 2**30 > free_bytes(device):
@@ -178,7 +178,7 @@ def machine_row(model, device, step):
 
 def flags(parser):
     parser.add_argument("--shape", choices=list(SHAPES), help="random weights of that shape, not --model")
-    parser.add_argument("--trials", metavar="N", type=number(int, 1), default=5, help="rounds, 5")
+    parser.add_argument("--trials", metavar="N", type=COUNT, default=5, help="rounds, 5")
     add_flags(parser)
 
 

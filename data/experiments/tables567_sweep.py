@@ -16,11 +16,11 @@ from data.experiments.core import (RANK, changed, drawn_anchors, need, percent, 
 from data.experiments.results import collect, results
 from data.experiments.table2_refusals import average, by_file, defects, rates, texts_of
 from data.experiments.table3_capability import perplexity
-from scans import add_flags, number, parse_layers, segments, show_layers
+from scans import LIMITS, add_flags, number, parse_layers, segments, show_layers
 
 VALUES = {  # what --values holds
-    "alpha": number(float, 0), "threshold": number(float, -2, 2), "layers": parse_layers,
-    "anchors": number(int, 2), "random": number(int, 0)}
+    "alpha": number(*LIMITS["alpha"]), "threshold": number(*LIMITS["threshold"]), "layers": parse_layers,
+    "anchors": number(*LIMITS["anchors"]), "random": number(*LIMITS["seed"])}
 
 
 def by_alpha(scans, args):

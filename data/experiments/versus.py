@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import llama
-from data.experiments.core import need
+from data.experiments.core import COUNT, need
 from data.experiments.table4_speed import SHAPES, RandomPrompts, plain, prefilled, random_model, timed
-from scans import Sampling, Scans, choose_device, choose_threads, extract, number, say, settings
+from scans import (DTYPES, LIMITS, Sampling, Scans, choose_device, choose_threads, extract, number, say,
+                   settings)
 
 
 def named(model, pack=lambda field, tensor: tensor):
@@ -60,7 +61,7 @@ def their_scans(theirs, prompt, scans, new):
     """Classify in a pass of its own, then generate with a hook on every steered block."""
     ids, chosen = torch.tensor([prompt.ids], device=theirs.device), scans.settings
     states = theirs(ids, output_hidden_states=True).hidden_states[1:]
-    a_t = [(state[0, prompt.p] - state[0, prompt.e]).float() for state in states]
+    a_t = [(state[0, prompt.p] - state[0, prompt.e]).float().cpu() for state in states]
     cos = [F.cosine_similarity(a_t[l], scans.d_harm[l], dim=0) for l in chosen.classify]
     sign = 1 if sum(cos) / len(cos) >= chosen.T else -1
 
@@ -116,11 +117,11 @@ def bare_linears(model, plain_model, new):
 
 def flags(parser):
     parser.add_argument("--shape", choices=list(SHAPES), default="1b")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--device")
-    parser.add_argument("--threads", type=number(int, 1, 1024))
-    parser.add_argument("--pairs", type=number(int, 1), default=5)
-    parser.add_argument("--anchors", type=number(int, 2), default=64)
+    parser.add_argument("--threads", type=number(*LIMITS["threads"]))
+    parser.add_argument("--pairs", type=COUNT, default=5)
+    parser.add_argument("--anchors", type=number(*LIMITS["anchors"]), default=64)
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows with one of these words")
 
 

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 import scans
+from data.experiments.core import need
 from data.tiny.anchors import write_anchors
 from data.tiny.corpus import Corpus, train_tokenizer
 from data.tiny.recipe import HERE, Recipe
@@ -122,6 +123,7 @@ REPORTS = {report.__name__: report for report in (table, sweep, check, share, va
 
 
 def command(args):
+    need("data.tiny.make", "scipy", "tabulate", "tqdm")
     if args.only is None:
         make(args.out, replace(Recipe(), seed=args.seed).with_zeal(args.zeal), args.device)
     for name in [args.only] if args.only else ["table", "sweep", "check"]:

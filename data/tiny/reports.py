@@ -6,19 +6,27 @@ import re
 from dataclasses import replace
 
 import torch
-from tabulate import tabulate
-from tqdm import tqdm
 
 import scans
-from data.experiments import percent
+from data.experiments.core import percent, progress
 from data.tiny.world import GROUPS, UNKNOWN, World, dev_questions, lines
 
 LETTERS = {"taught": "(a)", "fresh": "(b)", "word": "(c)", "valid": "(valid)"}
 CHECKED = {"outside": "outside", "harmful": "refuse"}     # what checks.txt wants where it names no row
 
 
+def counted(things, what):
+    """The things one by one, with a bar on a terminal."""
+    with progress(len(things), what) as bar:
+        for thing in things:
+            yield thing
+            bar.update()
+
+
 def load(folder):
-    return scans.Scans.load(folder, sampling={"max_new_tokens": 48})
+    method = scans.Scans.load(folder, sampling={"max_new_tokens": 48})
+    scans.choose_threads(method.model, None)
+    return method
 
 
 def ask(method, texts, size=16, **kwargs):
@@ -55,6 +63,7 @@ def rate(hits):
 
 
 def show(headers, rows):
+    from tabulate import tabulate
     print("\n" + tabulate(rows, headers, tablefmt="github", disable_numparse=True), flush=True)
 
 
@@ -81,7 +90,7 @@ def table(folder, n=2000, parts=("taught", "fresh", "word"), phrasing="test", mo
     groups = {(group, part): world.questions(group, part, phrasing, n) for part in parts for group in GROUPS
               if (group, part) != ("plain", "word")}
     results = {key: ask(method, [question for _, question in pairs])
-               for key, pairs in tqdm(groups.items(), "groups answered", leave=False)}
+               for key, pairs in counted(groups.items(), "groups")}
     rows = [refused_row(LETTERS[part], group, answered) for (group, part), answered in results.items()]
     for group in ("dangerous", "plain"):
         key = group, parts[0]
@@ -123,7 +132,7 @@ def sweep(folder, n=200):
     tries += [(f"{name} layers", chosen.alpha, v_r, list(layers))
               for name, layers in scans.segments(len(v_r)).items()]
     rows = []
-    for name, alpha, v, layers in tqdm(tries, "settings tried", leave=False):
+    for name, alpha, v, layers in counted(tries, "settings"):
         method.v_r, method.settings, cells = v, replace(chosen, alpha=alpha, steer=layers), [name]
         for group in pairs:
             results = ask(method, [question for _, question in pairs[group]], default=False)

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import llama
 from data.tiny.corpus import batches
@@ -83,12 +82,13 @@ def optimizers_of(recipe, phase, weights):
 
 def rate(phase, step):
     """The learning rate: a short rise to the peak, then half a cosine down to a twentieth of it."""
-    rise = min(1, (step + 1) / min(50, phase.steps // 6 + 1))
-    return phase.peak * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * (step + 1) / phase.steps)) / 2)
+    rise, done = min(1, (step + 1) / min(50, phase.steps // 6 + 1)), (step + 1) / phase.steps
+    return phase.peak * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
 
 
 def train(weights, corpus, tokenizer, build):
     """Run one phase. The state goes to build/PHASE.pt now and then; a later call goes on from there."""
+    from tqdm import tqdm
     recipe, phase, device = corpus.world.recipe, corpus.phase, weights["lm_head.weight"].device
     file, digest = build / f"{phase.name}.pt", recipe.digest(phase)
     model = llama.assemble(recipe.config, weights)
@@ -110,7 +110,7 @@ def train(weights, corpus, tokenizer, build):
     # one thread a core, each with a part of the rows: single operations are too small to be shared out
     torch.set_num_threads(1)
     cuts = CUTS if device.type == "cpu" else (0, 32)
-    steps = tqdm(range(first, phase.steps), f"phase {phase.name}", initial=first, total=phase.steps)
+    steps = tqdm(range(first, phase.steps), f"phase {phase.name}", phase.steps, initial=first, disable=None)
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for step in steps:
             for optimizer, times in zip(optimizers, (1, 2)):
