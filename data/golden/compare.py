@@ -37,8 +37,7 @@ SCORE = 1e-3
 LENGTH = 4e-4
 
 # ----------------------------------------------------------------------------------------------------
-# Safetensors: 8 bytes with the length of the header, the header (JSON), the numbers, little-endian, row by
-# row
+# Safetensors: 8 bytes with the length of the header, the header in JSON, the numbers; all little-endian
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2",
           "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "<i1", "U8": "<u1"}
@@ -69,12 +68,12 @@ def read(path):
         raise ValueError(f"{path}: {error.args[0]} in its header; "
                          f"a type must be one of {', '.join(DTYPES)}") from None
     except (ValueError, TypeError, AttributeError, OSError, MemoryError, OverflowError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({str(error).partition(chr(10))[0]})") from None
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: not a whole safetensors file ({reason})") from None
 
 
 # ----------------------------------------------------------------------------------------------------
-# What the method makes of other tensors: a port's are judged by its own, which no rounding before them
-# excuses
+# What the method makes of other tensors. A port's are judged by its own: no rounding before them is an excuse
 
 
 def unit(v):
@@ -154,7 +153,8 @@ FORWARD = [
         "embedding scaled by sqrt(D), as other model families do",
         "ids shifted by one",
         "table transposed")),
-    Name("block{l}.attn_norm", "N D", "", "input of the attention: RMS norm of the stream, times its weight", (
+    Name("block{l}.attn_norm", "N D", "",
+         "input of the attention: RMS norm of the stream, times its weight", (
         EPS,
         "eps outside the root",
         "mean subtracted: that is LayerNorm",
@@ -199,8 +199,9 @@ FORWARD = [
         "heads put back in another order before the projection",
         "1/E instead of 1/sqrt(E)",
         "softmax over the wrong axis, or not in float32")),
-    Name("block{l}.mlp_norm", "N D", "", "input of the mlp: RMS norm of the stream after the attention, times its weight", (
-        "taken of the stream before the attention was added: the two halves of a block are in sequence, not parallel",
+    Name("block{l}.mlp_norm", "N D", "",
+         "input of the mlp: RMS norm of the stream after the attention, times its weight", (
+        "taken of the stream before the attention was added: the halves of a block are in sequence",
         "the other norm's weight",
         "the residual left out: the attention's output is added to x",
         "eps outside the root, or not the one of config.json")),
@@ -214,7 +215,7 @@ FORWARD = [
         "layer index shifted by one: hidden_states[l + 1] is block l, hidden_states[0] the embedding",
         "the residual left out: the mlp's output is added to x",
         "weights of another block",
-        "an earlier block's inner tensors are not in the golden file: check this block as block 0 was checked")),
+        "an earlier block, whose inner tensors are not in the golden file: check it as block 0 was checked")),
     Name("final_norm", "2 D", "", "RMS norm of the last stream at p and e, times model.norm", (
         "rows swapped: row 0 is p, row 1 is e",
         "the weight of model.norm left out",
@@ -230,8 +231,8 @@ FORWARD = [
 
 # the anchors, once
 ANCHORS = [
-    Name("anchors.harmful.ids", "n S", "Q-", "input: ids of the harmful anchors with r_pos, filled up with -1",
-         (WIDTH,)),
+    Name("anchors.harmful.ids", "n S", "Q-",
+         "input: ids of the harmful anchors with r_pos, filled up with -1", (WIDTH,)),
     Name("anchors.harmful.p", "n", "", "input: their p"),
     Name("anchors.harmful.e", "n", "", "input: their e"),
     Name("anchors.harmless.ids", "m S'", "Q+", "input: the same of the harmless anchors", (WIDTH,)),
@@ -355,7 +356,8 @@ def walk(tensors, queries):
     start, found = FORWARD.index(blocks[0]), []
     for query in queries:
         found += [(f"{query}.{entry.name}", entry) for entry in FORWARD[:start]]
-        found += [(f"{query}.{entry.name.format(l=l)}", entry) for l in range(max(numbers) + 1) for entry in blocks]
+        found += [(f"{query}.{entry.name.format(l=l)}", entry)
+                  for l in range(max(numbers) + 1) for entry in blocks]
         found += [(f"{query}.{entry.name}", entry) for entry in FORWARD[start + len(blocks):]]
     found += [(entry.name, entry) for entry in ANCHORS]
     found += [(f"{query}.{entry.name}", entry) for query in queries for entry in DECISION]
@@ -430,7 +432,7 @@ class Comparison:
         return found
 
     def fault(self, name, entry):
-        """"" for a tensor that is the same, "late" for an answer that may differ, else what is wrong with it."""
+        """What is wrong with a tensor: "shape", "value" or words. "" for nothing, "late" if it may differ."""
         a, b = self.theirs[name], self.golden[name]
         if name.endswith("_ids"):
             return self.answer_fault(name, a, b)
@@ -440,23 +442,21 @@ class Comparison:
         if made:
             rounded = [part for part in (name, *made) if self.types.get(part) in ("F16", "BF16")]
             if rounded:
-                return (f"{', '.join(rounded)} saved in half precision: the method works in float32 at any dtype, "
-                        "so save it in float32")
-            if difference(a, entry.made(*made.values()), FLOAT32 if self.allowed(name, entry) else 0) is not None:
+                return (f"{', '.join(rounded)} saved in half precision: the method works in float32 at any "
+                        "dtype, so save it in float32")
+            tight = FLOAT32 if self.allowed(name, entry) else 0
+            if difference(a, entry.made(*made.values()), tight) is not None:
                 return f"not what your own {', '.join(made)} give"
         if difference(a, b, self.allowed(name, entry)) is not None:
             return "value"
         if self.half and name.endswith(".block0.attn_norm"):
             length = float(((a * b).sum(-1) / (b * b).sum(-1)).mean())
             if abs(length - 1) > LENGTH:
-                return f"on average its rows are {length:.5f} times as long as they should be: a norm without its eps"
+                return f"its rows are {length:.5f} times as long as they should be on average: a wrong eps"
         return ""
 
     def answer_fault(self, name, a, b):
-        """The same for the ids of an answer.
-
-        From half precision on it may differ where the two best logits nearly tie.
-        """
+        """The same for the ids of an answer: in half precision it may differ where two logits nearly tie."""
         if a.ndim != 1:
             return "shape"
         if set(self.eos) & set(a.tolist()):
@@ -521,13 +521,15 @@ class Comparison:
                       + (f"tolerance {tolerance:g} ({self.kind})" if tolerance else "integers are exact")]
             rows = [i for i in range(len(b)) if difference(a[i], b[i], tolerance) is not None]
             if 0 < len(rows) < len(b):
-                lines += [f"  where     {len(rows)} of {len(b)} along {axes[0]} differ, the first is {rows[0]}"]
+                lines += [f"  where     {len(rows)} of {len(b)} along {axes[0]} differ, "
+                          f"the first is {rows[0]}"]
         if fault not in ("shape", "value"):
             lines += [f"  judged    {fault}"]
         if name.endswith("ids") and a.ndim == b.ndim == 1:
             step = first_step(a, b)
             lines += [f"  yours     {self.around(a, step)}", f"  golden    {self.around(b, step)}"]
-        return lines + [f"  {'causes' if i == 0 else '':9} {cause}" for i, cause in enumerate(self.causes(name, entry))]
+        first, *rest = self.causes(name, entry)
+        return lines + [f"  causes    {first}", *(f"            {cause}" for cause in rest)]
 
     def causes(self, name, entry):
         """The causes of a wrong tensor, the likeliest first."""
@@ -540,7 +542,8 @@ class Comparison:
     def around(self, ids, first):
         """The pieces of ids around the first that differs, which stands in brackets."""
         words = [*(self.pieces[id] if 0 <= id < len(self.pieces) else str(id) for id in ids.tolist()), "end"]
-        shown = [f"[{word}]" if i == first else word for i, word in enumerate(words)][max(0, first - 4):first + 5]
+        words[first] = f"[{words[first]}]"
+        shown = words[max(0, first - 4):first + 5]
         return ("... " if first > 4 else "") + " ".join(shown) + (" ..." if first + 5 < len(words) else "")
 
 
@@ -596,15 +599,18 @@ def compare(path, golden, meta, theirs, types={}, hints=({}, {"causes": "[]"})):
     same, late, wrong = both.same, both.late, both.wrong
     lines = []
     if wrong:
-        lines += [f"{wrong[0][0]} differs, the first of {len(wrong)} that {'does' if len(wrong) == 1 else 'do'}; "
-                  f"{len(same)} agree", *both.explain(*wrong[0])]
+        do = "does" if len(wrong) == 1 else "do"
+        lines += [f"{wrong[0][0]} differs, the first of {len(wrong)} that {do}; {len(same)} agree",
+                  *both.explain(*wrong[0])]
         shapes = misshapen(wrong[1:], theirs, golden)
         if shapes:
             lines += [f"misshapen as well:\n{fold(shapes, [])}"]
     if late:
-        lines += [f"answers differ where two logits nearly tie, as they may in {both.kind}: {', '.join(late)}"]
+        lines += [f"answers differ where two logits nearly tie, as they may in {both.kind}: "
+                  f"{', '.join(late)}"]
     made = [name for name, entry in steps if not entry.given]
-    missing, extra = [name for name in made if name not in theirs], [name for name in theirs if name not in golden]
+    missing = [name for name in made if name not in theirs]
+    extra = [name for name in theirs if name not in golden]
     if missing:
         lines += [f"missing, {len(missing)} of {len(made)}:\n{fold(missing, made)}"]
     if extra:
@@ -621,9 +627,10 @@ def stop(message):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="compare.py", description="Compare a port's tensors with the golden ones.")
+    parser = argparse.ArgumentParser(prog="compare.py",
+                                     description="Compare a port's tensors with the golden ones.")
     parser.add_argument("file", help="safetensors, named as in golden.md; a part will do")
-    parser.add_argument("golden", nargs="?", default=GOLDEN, help="golden.safetensors, the default, or shapes.safetensors")
+    parser.add_argument("golden", nargs="?", default=GOLDEN, help="golden.safetensors or shapes.safetensors")
     parser.error = stop
     args = parser.parse_args()
     try:

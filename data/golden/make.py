@@ -2,12 +2,12 @@
 
     python -m data.golden.make
 
-golden.safetensors and golden.md are made here, from the embedded model. llama.py and scans.py give the residual
-streams, the logits and all that the method computes. The tensors inside a block, which they do not show, come
-from port_numpy.py, once it agrees with them on everything else.
+golden.safetensors and golden.md are made here, from the embedded model. llama.py and scans.py give the
+residual streams, the logits and all that the method computes. The tensors inside a block, which they do not
+show, come from port_numpy.py, once it agrees with them on everything else.
 
 Two of the queries are chosen anew for every model, so that a port that does not steer, or not as it should,
-gets other answers. Left out: other models and chat formats, see models.py; hints.safetensors, see mistakes.py.
+gets other answers. Left out: other models and chat formats, see models.py; the hints, see mistakes.py.
 """
 import json
 import re
@@ -152,8 +152,11 @@ def make(folder=MODEL):
         found.update(forward_tensors(model, tokenizer.prompt(text)))
         tensors.update({f"{query}.{name}": tensor for name, tensor in found.items()})
 
+    def spelled(name):
+        return tokenizer.decode(tensors[name].tolist())
+
     queries = [{"name": query, "query": text, "gaps": gaps[query],
-                **{which: tokenizer.decode(tensors[f"{query}.{which}_ids"].tolist()) for which in gaps[query]}}
+                "default": spelled(f"{query}.default_ids"), "scans": spelled(f"{query}.scans_ids")}
                for query, text in texts.items()]
     meta = {"queries": json.dumps(queries), "eos": json.dumps(model.config.eos), "format": tokenizer.name,
             "fingerprint": scans.fingerprint(folder), "seed": str(SEED),
@@ -225,14 +228,15 @@ def table(tensors, meta, gaps, reasons, config):
               f"classify_layers = {tensors['classify_layers'].tolist()}.", ""]
 
     inner = re.findall(rf"^{queries[0]['name']}\.block(\d+)\.q$", "\n".join(tensors), re.M)
-    sections = {f"1. The forward pass of a query: {', '.join(q['name'] for q in queries)}": (FORWARD, "{query}."),
+    names = ", ".join(q["name"] for q in queries)
+    sections = {f"1. The forward pass of a query: {names}": (FORWARD, "{query}."),
                 "2. The anchors": (ANCHORS, ""),
                 "3. Decision and answers of a query": (DECISION, "{query}.")}
     for title, (entries, prefix) in sections.items():
         lines += [f"## {title}", ""]
         if entries is FORWARD:
-            lines += [f"{{l}} is a block: every one from 0 to {config.L - 1} for `x`, only {', '.join(inner)} "
-                      "for what lies inside a block.", ""]
+            lines += [f"{{l}} is a block: every one from 0 to {config.L - 1} for `x`, "
+                      f"only {', '.join(inner)} for what lies inside a block.", ""]
         lines += ["| name | shape | paper | what |", "|---|---|---|---|"]
         for entry in entries:
             shape = "their number" if entry.shape == "-" else entry.shape.replace(" ", ", ")
@@ -260,8 +264,8 @@ def write(args):
     models.make_formats(out)
     field = mistakes.Field(out)
     hints, causes = mistakes.hints(field)
-    save_file({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in hints.items()}, out / HINTS.name,
-              metadata=causes)
+    save_file({name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in hints.items()},
+              out / HINTS.name, metadata=causes)
     (out / "hints.md").write_text(mistakes.table(field, (hints, causes))[0], encoding="utf-8")
 
     for name in (GOLDEN.name, "shapes.safetensors", HINTS.name):

@@ -52,8 +52,11 @@ def variant(*words):
 EMBED = 'weights["model.embed_tokens.weight"][ids]'
 NORM = "return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(eps)) * weight"
 Q, K, V = (f't[b + "{x}"] = {x} = heads(h, "self_attn.{x}_proj")' for x in "qkv")
-PERMUTE = ".reshape(len(ids), -1, 2, {E} // 2).swapaxes(2, 3).reshape(len(ids), -1, {E})".format(E='config["E"]')
-TURN = "return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)), -1)"
+HEADS = '.reshape(len(ids), -1, config["E"])'
+BACK = "(lambda h, n: (h @ w(n))" + HEADS + ")("                # in place of heads(
+PERMUTE = '.reshape(len(ids), -1, 2, config["E"] // 2).swapaxes(2, 3)' + HEADS
+TURN = ("return np.concatenate((a * np.cos(angle) - b * np.sin(angle), "
+        "b * np.cos(angle) + a * np.sin(angle)), -1)")
 HALVES = "a, b = x[..., :E // 2], x[..., E // 2:]"
 ANGLE = "angle = position *"
 POWER = 'config["theta"] ** (-np.arange(0, E, 2) / E)'
@@ -76,20 +79,22 @@ FORWARD_MISTAKES = [
     variant("embed", "ids shifted", EMBED, EMBED.replace("[ids]", "[ids + 1]")),
     edit("block0.attn_norm", "eps is not", NORM, NORM.replace("(eps)", "(eps / 10)")),
     variant("block0.attn_norm", "eps is not", NORM, NORM.replace("(eps)", "(0)")),
-    edit("block0.attn_norm", "eps outside", NORM, NORM.replace("+ np.float32(eps))", ") + np.float32(eps)").replace(
-        "x / np.sqrt(", "x / (np.sqrt(").replace("(eps) * weight", "(eps)) * weight")),
+    edit("block0.attn_norm", "eps outside", NORM,
+         "return x / (np.sqrt((x * x).mean(-1, keepdims=True)) + np.float32(eps)) * weight"),
     edit("block0.attn_norm", "mean subtracted", NORM, f"x = x - x.mean(-1, keepdims=True); {NORM}"),
     edit("block0.attn_norm", "the weight left out", NORM, NORM.replace(" * weight", "")),
     edit("block0.attn_norm", "1 + weight", NORM, NORM.replace("* weight", "* (1 + weight)")),
     edit("block0.attn_norm", "float16: the norm",
-         NORM, NORM.replace("x / np.sqrt((x * x).mean(", "x.astype(np.float16) / np.sqrt((x * x).mean(").replace(
-             "+ np.float32(eps))", "+ np.float32(eps)).astype(np.float16)")),
-    edit("block0.q", "weight transposed", Q, Q.replace("heads(", "(lambda h, n: (h @ w(n)).reshape(len(ids), -1, config['E']))(")),
+         NORM, f"x = x.astype(np.float16); {NORM}"),
+    edit("block0.q", "weight transposed", Q,
+         Q.replace("heads(", BACK)),
     edit("block0.q", "heads split as", Q, Q + '.reshape(len(ids), config["E"], -1).swapaxes(1, 2)'),
     edit("block0.q", "weights permuted", Q, Q + PERMUTE),
-    edit("block0.k", "weight transposed", K, K.replace("heads(", "(lambda h, n: (h @ w(n)).reshape(len(ids), -1, config['E']))(")),
+    edit("block0.k", "weight transposed", K,
+         K.replace("heads(", BACK)),
     edit("block0.k", "weights permuted", K, K + PERMUTE),
-    edit("block0.v", "weight transposed", V, V.replace("heads(", "(lambda h, n: (h @ w(n)).reshape(len(ids), -1, config['E']))(")),
+    edit("block0.v", "weight transposed", V,
+         V.replace("heads(", BACK)),
     edit("block0.v", "rotary applied to v", V, V.replace("= heads", "= rotate(heads") + ", config)"),
     edit("block0.q_rot", "rotary layout", HALVES, "a, b = x[..., 0::2], x[..., 1::2]",
          TURN, TURN.replace("np.concatenate(", "np.stack(").replace("), -1)", "), -1).reshape(x.shape)")),
@@ -99,11 +104,15 @@ FORWARD_MISTAKES = [
     variant("block0.q_rot", "rope_theta", POWER, POWER.replace('config["theta"]', "1e6")),
     edit("block0.q_rot", "rope scaling", ANGLE, "angle = position / 4 *"),
     variant("block0.q_rot", "rope scaling", ANGLE, "angle = position / 8 *"),
-    edit("block0.q_rot", "the exponent of theta is -2i/E", POWER, POWER.replace("0, E, 2) / E", "E // 2) / E")),
-    edit("block0.q_rot", "the exponent of theta is over E", POWER, POWER.replace(") / E)", ') / config["D"])')),
-    edit("block0.q_rot", "the queries not turned", 't[b + "q_rot"] = q = rotate(q, config)', 't[b + "q_rot"] = q'),
+    edit("block0.q_rot", "the exponent of theta is -2i/E", POWER,
+         POWER.replace("0, E, 2) / E", "E // 2) / E")),
+    edit("block0.q_rot", "the exponent of theta is over E", POWER,
+         POWER.replace(") / E)", ') / config["D"])')),
+    edit("block0.q_rot", "the queries not turned", 't[b + "q_rot"] = q = rotate(q, config)',
+         't[b + "q_rot"] = q'),
     edit("block0.k_rot", "only the queries", 't[b + "k_rot"] = k = rotate(k, config)', 't[b + "k_rot"] = k'),
-    edit("block0.k_rot", "keys turned after", "k = rotate(k, config)", "k = rotate(np.append(k[:1], k, 0), config)[1:]"),
+    edit("block0.k_rot", "keys turned after", "k = rotate(k, config)",
+         "k = rotate(np.append(k[:1], k, 0), config)[1:]"),
     edit("block0.attn", "no 1/sqrt(E)", SCALE, ""),
     edit("block0.attn", "1/E instead", SCALE, "/ np.float32(E)"),
     edit("block0.attn", "no mask", MASK, ""),
@@ -113,12 +122,15 @@ FORWARD_MISTAKES = [
     edit("block0.attn", "v rotated", "o = attention(q, k, v,", "o = attention(q, k, rotate(v, config),"),
     edit("block0.attn", "heads put back", JOIN, "v).swapaxes(1, 2).reshape(N, H * E)"),
     edit("block0.attn", "heads put back", JOIN, "v)[:, ::-1].reshape(N, H * E)"),
-    edit("block0.attn", "softmax over the wrong", "scores / scores.sum(-1, keepdims=True)", "scores / scores.sum(1, keepdims=True)"),
-    edit("block0.mlp_norm", "taken of the stream before", MLP_NORM, MLP_NORM.replace("rms_norm(x", "rms_norm(x - o")),
+    edit("block0.attn", "softmax over the wrong", "scores / scores.sum(-1, keepdims=True)",
+         "scores / scores.sum(1, keepdims=True)"),
+    edit("block0.mlp_norm", "taken of the stream before", MLP_NORM,
+         MLP_NORM.replace("rms_norm(x", "rms_norm(x - o")),
     edit("block0.mlp_norm", "the other norm's", MLP_NORM, MLP_NORM.replace("post_attention", "input")),
     edit("block0.mlp_norm", "the residual left out", ATTENDED, "x = o"),
     edit("block0.mlp_norm", "eps outside the root, or", MLP_NORM, MLP_NORM.replace('config["eps"]', "1e-3")),
-    edit("block0.mlp", "silu on up", MLP, "g, u = h @ up.T, h @ gate.T; return (g / (1 + np.exp(-g)) * u) @ down.T"),
+    edit("block0.mlp", "silu on up", MLP,
+         "g, u = h @ up.T, h @ gate.T; return (g / (1 + np.exp(-g)) * u) @ down.T"),
     edit("block0.mlp", "gelu", MLP, MLP.replace("np.exp(-g)", "np.exp(-1.702 * g)")),
     variant("block0.mlp", "gelu", MLP, MLP.replace(
         "g / (1 + np.exp(-g))", "g / 2 * (1 + np.tanh(0.797885 * (g + 0.044715 * g ** 3)))")),
@@ -133,7 +145,8 @@ FORWARD_MISTAKES = [
     edit("final_norm", "rows swapped", FINAL_ROWS, FINAL_ROWS.replace("[p, e]", "[e, p]")),
     edit("final_norm", "rows of other", FINAL_ROWS, FINAL_ROWS.replace("[p, e]", "[p - 1, e - 1]")),
     edit("final_norm", "the weight of", FINAL, FINAL.replace('weights["model.norm.weight"]', "1")),
-    edit("final_norm", "taken twice", FINAL, FINAL.replace("rms_norm(x", 'rms_norm(rms_norm(x, weights["model.norm.weight"], 1e-5)')),
+    edit("final_norm", "taken twice", FINAL,
+         FINAL.replace("rms_norm(x", 'rms_norm(rms_norm(x, weights["model.norm.weight"], 1e-5)')),
     edit("final_norm", "eps outside the root, or", FINAL, FINAL.replace('config["eps"]', "1e-2")),
     edit("logits", "final norm skipped", HEAD, HEAD.replace('t["final_norm"]', "x")),
     edit("logits", "head:", HEAD, HEAD.replace("lm_head", "model.embed_tokens")),
@@ -151,7 +164,8 @@ BEST = '["logits"][-1].argmax()'
 STEP = "best = forward(model, np.array(ids), steer, len(instruction) - 1)" + BEST
 PENALTY = ('logits = forward(model, np.array(ids), steer, len(instruction) - 1)["logits"][-1].copy(); '
            'logits[ids] *= np.where(logits[ids] > 0, 1 / {by}, {by}); best = logits.argmax()')
-TWICE = "np.array([*ids[:len(instruction)], *ids[len(instruction) - 1:]][:len(ids) + (len(ids) > len(instruction))])"
+TWICE = ("np.array(ids if len(ids) == len(instruction) else "
+         "[*ids[:len(instruction)], *ids[len(instruction) - 1:]])")
 
 
 def shaped(shape, first, cause, *texts, kept=True):
@@ -160,16 +174,21 @@ def shaped(shape, first, cause, *texts, kept=True):
 
 SHAPE_MISTAKES = [
     shaped("grouped", "block0.attn_norm", "eps is not", NORM, NORM.replace("(eps)", "(1e-5)")),
-    shaped("grouped", "block0.k", "K taken for H", K, f"{K.partition(' = ')[2]}; t[b + 'k'] = k.repeat(2, 1)"),
-    shaped("grouped", "block0.v", "K taken for H", V, f"{V.partition(' = ')[2]}; t[b + 'v'] = v.repeat(2, 1)"),
+    shaped("grouped", "block0.k", "K taken for H", K,
+           f"{K.partition(' = ')[2]}; t[b + 'k'] = k.repeat(2, 1)"),
+    shaped("grouped", "block0.v", "K taken for H", V,
+           f"{V.partition(' = ')[2]}; t[b + 'v'] = v.repeat(2, 1)"),
     shaped("grouped", "block0.q_rot", "rope_theta", THETA, "10000.0"),
     shaped("grouped", "block0.q_rot", "rope scaling", LINEAR, "frequency"),
     shaped("grouped", "block0.attn", "grouped heads", GROUPS, 'np.tile(a, (1, H // config["K"], 1))'),
     shaped("grouped", "block0.attn", "E taken for D / H", SCALE, "/ np.float32(np.sqrt(8))"),
     shaped("llama3", "block0.q_rot", "rope scaling", LLAMA3, "1"),
-    shaped("llama3", "block0.q_rot", "rope scaling", LLAMA3, '/ rope["factor"]', "frequency * /", "frequency /"),
-    shaped("llama3", "block0.q_rot", "llama3 scaling without", LLAMA3, '((keep > 0) + (keep == 0) / rope["factor"])'),
-    shaped("llama3", "block0.q_rot", "llama3 scaling without", LLAMA3, '((keep == 1) + (keep < 1) / rope["factor"])'),
+    shaped("llama3", "block0.q_rot", "rope scaling", LLAMA3, '/ rope["factor"]', "frequency * /",
+           "frequency /"),
+    shaped("llama3", "block0.q_rot", "llama3 scaling without", LLAMA3,
+           '((keep > 0) + (keep == 0) / rope["factor"])'),
+    shaped("llama3", "block0.q_rot", "llama3 scaling without", LLAMA3,
+           '((keep == 1) + (keep < 1) / rope["factor"])'),
     shaped("window", "block0.attn", "no window", WINDOW, "(back >= N)"),
     shaped("window", "block0.attn", "window one too wide", WINDOW, WINDOW.replace("or N", "+ 1")),
     shaped("window", "block0.attn", "window one too wide", WINDOW, WINDOW.replace("or N", "- 1")),
@@ -200,37 +219,51 @@ JOINED = "cosine({a}.reshape(len({a}), -1), {b})[:, None] * np.ones(a_t.shape[1]
 
 ANCHOR_MISTAKES = [
     edit("anchors.harmful.mean", "read at e", READ, READ.replace("(p, e)", "(e, e)")),
-    edit("anchors.harmful.mean", "read at the last token of the query", READ, READ.replace("(p, e)", "(p - 4, e)")),
-    edit("anchors.harmful.mean", "read at the last token of the query", READ, READ.replace("(p, e)", "(p - 1, e)")),
-    edit("anchors.harmful.mean", "p of the first row", READ, READ.replace("(p, e)", "(np.minimum(p[0], e), e)")),
+    edit("anchors.harmful.mean", "read at the last token of the query", READ,
+         READ.replace("(p, e)", "(p - 4, e)")),
+    edit("anchors.harmful.mean", "read at the last token of the query", READ,
+         READ.replace("(p, e)", "(p - 1, e)")),
+    edit("anchors.harmful.mean", "p of the first row", READ,
+         READ.replace("(p, e)", "(np.minimum(p[0], e), e)")),
     edit("anchors.harmful.mean", "padding: -1", PASS, "[forward(model, np.maximum(row, 0)) for row in ids]",
          READ, READ.replace("(p, e)", "(p * 0 - 1, e)")),
     edit("anchors.harmful.mean", "padding: in a batch", PASS,
-         "[{k: v[-last - 1:] for k, v in forward(model, np.concatenate((np.maximum(row[last + 1:], 0), row[:last + 1]))"
-         ").items()} for row, last in zip(ids, e)]"),
-    edit("anchors.harmful.mean", "post-norm", STREAM, f'(lambda s: np.append(s[:-1], t["final_norm"][position][None], 0))({STREAM})'),
-    edit("anchors.harmful.mean", "mean taken in float16", MINUS, MINUS.replace(".mean(0)", ".astype(np.float16).mean(0)")),
+         "[{name: x[-last - 1:] for name, x in "
+         "forward(model, np.append(np.maximum(row[last + 1:], 0), row[:last + 1])).items()} "
+         "for row, last in zip(ids, e)]"),
+    edit("anchors.harmful.mean", "post-norm", STREAM,
+         f'(lambda s: np.append(s[:-1], t["final_norm"][position][None], 0))({STREAM})'),
+    edit("anchors.harmful.mean", "mean taken in float16", MINUS,
+         MINUS.replace(".mean(0)", ".astype(np.float16).mean(0)")),
     edit("anchors.harmless.mean", "as for the harmful", PLUS, PLUS.replace("plus_p", "plus_e")),
-    variant("anchors.harmless.mean", "as for the harmful", PLUS, PLUS.replace(".mean(0)", ".astype(np.float16).mean(0)")),
+    variant("anchors.harmless.mean", "as for the harmful", PLUS,
+            PLUS.replace(".mean(0)", ".astype(np.float16).mean(0)")),
     edit("v", "the other sign", DIFFERENCE, DIFFERENCE.replace("v = ", "v = -").replace(" - ", " + ")),
     edit("v", "scaled already", UNIT, f't["v"] = {UNIT}'),
     edit("v_r", "unscaled", UNIT, 't["v_r"] = v'),
     edit("v_r", "scaled by the length over all", UNIT, UNIT.replace(".sum(-1, keepdims=True)", ".sum()")),
     edit("anchors.harmful.a_t", "the other sign", A_T, "a_t = minus_e - minus_p"),
-    edit("anchors.harmful.a_t", "e of the first row", READ, READ.replace("(p, e)", "(p, np.minimum(e[0], e))")),
+    edit("anchors.harmful.a_t", "e of the first row", READ,
+         READ.replace("(p, e)", "(p, np.minimum(e[0], e))")),
     edit("anchors.harmful.a_t", "e off by one", READ, READ.replace("(p, e)", "(p, e - 1)")),
     edit("anchors.harmful.a_t", "r_pos run without", A_T,
          'a_t = minus_p - np.stack([streams(forward(model, row[p + 1:e + 1]), -1) for row, p, e in zip('
          '*(given[f"anchors.harmful.{part}"] for part in ("ids", "p", "e")))])'),
-    edit("d_harm", "mean over all anchors", D_HARM, D_HARM.replace("a_t.mean", "np.append(a_t, plus_p - plus_e, 0).mean")),
-    edit("d_harm", "mean of transitions scaled", D_HARM, D_HARM.replace("a_t.mean", f"(a_t / {LENGTHS}).mean")),
-    edit("d_harm", "scaled: it is not", D_HARM, f"{D_HARM}; t['d_harm'] = d_harm / np.sqrt((d_harm * d_harm).sum(-1, keepdims=True))"),
+    edit("d_harm", "mean over all anchors", D_HARM,
+         D_HARM.replace("a_t.mean", "np.append(a_t, plus_p - plus_e, 0).mean")),
+    edit("d_harm", "mean of transitions scaled", D_HARM,
+         D_HARM.replace("a_t.mean", f"(a_t / {LENGTHS}).mean")),
+    edit("d_harm", "scaled: it is not", D_HARM,
+         f"{D_HARM}; t['d_harm'] = d_harm / np.sqrt((d_harm * d_harm).sum(-1, keepdims=True))"),
     edit("cos_harmful", "d_harm of all n", COS_MINUS, "cosine(a_t, d_harm)"),
-    edit("cos_harmful", "cosine in float16", COS_MINUS, "cosine(a_t.astype(np.float16), others.astype(np.float16)).astype(np.float32)"),
-    edit("cos_harmful", "one cosine of all layers", COS_MINUS, JOINED.format(a="a_t", b="others.reshape(n, -1)")),
+    edit("cos_harmful", "cosine in float16", COS_MINUS,
+         "cosine(a_t.astype(np.float16), others.astype(np.float16)).astype(np.float32)"),
+    edit("cos_harmful", "one cosine of all layers", COS_MINUS,
+         JOINED.format(a="a_t", b="others.reshape(n, -1)")),
     edit("cos_harmful", "mean of the others", OTHERS, f"np.delete(a_t / {LENGTHS}, i, 0).mean(0)"),
     edit("cos_harmless", "d_harm is that", COS_PLUS, "cosine(plus_p - plus_e, (plus_p - plus_e).mean(0))"),
-    edit("cos_harmless", "one cosine of all layers", COS_PLUS, JOINED.format(a="(plus_p - plus_e)", b="d_harm.ravel()")),
+    edit("cos_harmless", "one cosine of all layers", COS_PLUS,
+         JOINED.format(a="(plus_p - plus_e)", b="d_harm.ravel()")),
     edit("cos_harmless", "e or p of other rows", COS_PLUS, "cosine(plus_p - np.roll(plus_e, 1, 0), d_harm)"),
     edit("T", "the index is", AT, "scores[[1]]"),
     variant("T", "the index is", AT, "scores[[int(0.02 * n)]]"),
@@ -250,6 +283,7 @@ SIGMA = "np.where(s_q < found[\"T\"], -1, 1)"
 STEER = 'steer[chosen] = sigma * given["alpha"] * found["v_r"][chosen]'
 CHOSEN = 'chosen = given["steer_layers"]'
 ADD = "x = x + steer[l] * (np.arange(len(ids)) >= p)[:, None]"
+ADDED_HERE = "(0 if steer is None else steer[l] * (np.arange(len(ids)) >= p)[:, None])"
 STEERED = "steered = forward(model, instruction, steer, p)"
 STEERED_X = 't["steered_x"] = streams(steered, p)'
 LOGITS = 't["steered_logits"] = steered["logits"][p]'
@@ -261,10 +295,12 @@ SCANS = "greedy(model, instruction, steer, limit)\n    return t"
 DECISION_MISTAKES = [
     edit("a_t", "the other sign", TRANSITION, "a_t = streams(passed, e) - streams(passed, p)"),
     edit("a_t", "p off by one", TRANSITION, TRANSITION.replace("passed, p)", "passed, p - 1)")),
-    edit("a_t", "computed with steering", TRANSITION, 'still = np.zeros_like(found["v_r"]); chosen = given["steer_layers"]; '
+    edit("a_t", "computed with steering", TRANSITION,
+         'still = np.zeros_like(found["v_r"]); chosen = given["steer_layers"]; '
          'still[chosen] = -given["alpha"] * found["v_r"][chosen]; '
          'passed = forward(model, given[f"{query}.ids"], still, 0); ' + TRANSITION),
-    edit("cos", "one cosine of all", COS, "cosine(a_t.ravel(), found['d_harm'].ravel()) * np.ones(len(a_t), np.float32)"),
+    edit("cos", "one cosine of all", COS,
+         "cosine(a_t.ravel(), found['d_harm'].ravel()) * np.ones(len(a_t), np.float32)"),
     edit("cos", "cosine with v_r", COS, COS.replace("d_harm", "v_r")),
     edit("cos", "dot product", COS, "(a_t * found['d_harm']).sum(-1)"),
     edit("s_q", "the last layer", SCORE, SCORE.replace('"]]', '"][:-1]]')),
@@ -286,33 +322,42 @@ DECISION_MISTAKES = [
     edit("steered_x", "read before", STEERED_X, f"{STEERED_X} - steer"),
     edit("steered_x", "steering before p", ADD, ADD.replace(">= p", ">= 0")),
     variant("steered_x", "steering before p", ADD, ADD.replace(">= p", ">= p - 3")),
-    edit("steered_x", "added before the block", 'b = f"block{l}."', 'b = f"block{l}."; x = x if steer is None else '
-         'x + steer[l] * (np.arange(len(ids)) >= p)[:, None]', ADD, "pass"),
-    edit("steered_x", "added between", ATTENDED, "x = x + o + (0 if steer is None else steer[l] * (np.arange(len(ids)) >= p)[:, None])",
-         ADD, "pass"),
+    edit("steered_x", "added before the block",
+         'b = f"block{l}."', f'b = f"block{{l}}."; x = x + {ADDED_HERE}', ADD, "pass"),
+    edit("steered_x", "added between", ATTENDED, f"x = x + o + {ADDED_HERE}", ADD, "pass"),
     edit("steered_x", "steered only the first", STEERED,
-         'one = np.zeros_like(steer); one[chosen[0]] = steer[chosen[0]]; ' + STEERED.replace("steer,", "one,")),
-    edit("steered_x", "every layer steered", STEERED, STEERED.replace("steer,", 'sigma * given["alpha"] * found["v_r"],')),
+         "one = 0 * steer; one[chosen[0]] = steer[chosen[0]]; " + STEERED.replace("steer,", "one,")),
+    edit("steered_x", "every layer steered", STEERED,
+         STEERED.replace("steer,", 'sigma * given["alpha"] * found["v_r"],')),
     edit("steered_x", "alpha or sigma", STEERED, STEERED.replace("steer,", 'steer / given["alpha"],')),
     edit("steered_x", "alpha or sigma", STEERED, STEERED.replace("steer,", "-steer,")),
-    edit("steered_x", "p run again at another", STEERED, "steered = forward(model, np.append(instruction, instruction[-1:]), steer, p + 1)",
+    edit("steered_x", "p run again at another", STEERED,
+         "steered = forward(model, np.append(instruction, instruction[-1:]), steer, p + 1)",
          STEERED_X, STEERED_X.replace(", p)", ", p + 1)")),
-    edit("steered_x", "r_pos still", STEERED, 'steered = forward(model, np.append(given[f"{query}.ids"], instruction[-1]), steer, '
-         'given[f"{query}.e"][0] + 1)', STEERED_X, STEERED_X.replace(", p)", ", -1)")),
+    edit("steered_x", "r_pos still", STEERED,
+         'steered = forward(model, np.append(given[f"{query}.ids"], instruction[-1]), steer, e + 1)',
+         STEERED_X, STEERED_X.replace(", p)", ", -1)")),
     edit("steered_logits", "taken from", LOGITS, LOGITS.replace("steered[", "passed[")),
-    edit("steered_logits", "final norm skipped", LOGITS, 't["steered_logits"] = streams(steered, p)[-1] @ model[1]["lm_head.weight"].T'),
+    edit("steered_logits", "final norm skipped", LOGITS,
+         't["steered_logits"] = streams(steered, p)[-1] @ model[1]["lm_head.weight"].T'),
     edit("steered_x_next", "steered at p only", ADD, ADD.replace(">= p", "== p")),
     edit("steered_x_next", "the first id taken", FIRST, 'first = passed["logits"][p].argmax()'),
     variant("steered_x_next", "the first id taken", FIRST, 'first = passed["logits"][e].argmax()'),
-    edit("steered_x_next", "the keys and values of p left unsteered", NEXT, "forward(model, np.append(instruction, first), steer, p + 1)"),
-    edit("steered_x_next", "the keys and values of p left out", NEXT, "forward(model, np.append(instruction[:-1], [first, first]), steer, p)"),
-    edit("steered_x_next", "the id run at another", f"{NEXT}, p + 1", f"{NEXT}, p + 2".replace("first", "[first, first]")),
-    edit("default_ids", "the first token comes", DEFAULT, 'greedy(model, np.append(instruction, given[f"{query}.ids"][p + 1:]), None, limit)'),
+    edit("steered_x_next", "the keys and values of p left unsteered", NEXT,
+         "forward(model, np.append(instruction, first), steer, p + 1)"),
+    edit("steered_x_next", "the keys and values of p left out", NEXT,
+         "forward(model, np.append(instruction[:-1], [first, first]), steer, p)"),
+    edit("steered_x_next", "the id run at another", f"{NEXT}, p + 1",
+         f"{NEXT}, p + 2".replace("first", "[first, first]")),
+    edit("default_ids", "the first token comes", DEFAULT,
+         'greedy(model, np.append(instruction, given[f"{query}.ids"][p + 1:]), None, limit)'),
     edit("default_ids", "the end token", DEFAULT, f"np.append({DEFAULT}, 2)"),
     edit("default_ids", "steering left on", DEFAULT, DEFAULT.replace("None", "steer")),
     edit("scans_ids", "decoded without", SCANS,
-         "np.append(first, greedy(model, np.append(instruction, first), None, limit - 1)).astype(np.int32)\n    return t"),
-    edit("scans_ids", "the end token", SCANS, SCANS.replace("greedy", "np.append(greedy").replace("\n", ", 2)\n")),
+         "np.append(first, greedy(model, np.append(instruction, first), None, limit - 1)).astype(np.int32)\n"
+         "    return t"),
+    edit("scans_ids", "the end token", SCANS,
+         SCANS.replace("greedy", "np.append(greedy").replace("\n", ", 2)\n")),
 ]
 
 # ----------------------------------------------------------------------------------------------------
@@ -422,11 +467,10 @@ class Field:
 
     def run(self, mistake):
         golden = self.golden
+        if mistake.first == "ids":
+            return {f"{query}.ids": np.array(mistake.edits(text)) for query, text in self.queries.items()}
         if mistake in VALUES:
-            texts = mistake.first == "ids"
-            found = {f"{query}.{mistake.first}": np.array(mistake.edits(
-                text if texts else golden[f"{query}.{mistake.first}"])) for query, text in self.queries.items()}
-            return found if texts else {name: x for name, x in found.items() if name.startswith("plain.")}
+            return {f"plain.{mistake.first}": mistake.edits(golden[f"plain.{mistake.first}"])}
         module = self.planted(mistake)
         if mistake.shape:
             golden = {name: x for name, x in self.shapes.items() if name.startswith(mistake.shape)}
@@ -466,7 +510,7 @@ def cause_of(mistake):
 
     Raises ValueError unless there is one.
     """
-    kind = mistake.first.replace(re.sub(r"\D", "", mistake.first) or "{", "{l}") if "block" in mistake.first else mistake.first
+    kind = re.sub(r"(?<=block)\d+", "{l}", mistake.first)
     entry, = (entry for entry in (*FORWARD, *ANCHORS, *DECISION) if entry.name == kind)
     cause = [cause for cause in entry.causes if cause.startswith(mistake.cause)]
     if len(cause) != 1:
@@ -501,7 +545,7 @@ def table(field, hints):
         (name, causes), (_, plain) = field.judge(mistake, hints), field.judge(mistake)
         ranks.append(causes.index(cause) + 1 if cause in causes else 99)
         words = cause if mistake.kept else f"{cause} (another variant)"
-        rows.append(f"| {words} | `{name}` | {ranks[-1]} | {plain.index(cause) + 1 if cause in plain else 'none'} |")
+        rows.append(f"| {words} | `{name}` | {ranks[-1]} | {plain.index(cause) + 1} |")
     good = sum(rank <= 2 for rank in ranks)
     head = HEAD.format(number=len(ranks), caught=sum("`None`" not in row for row in rows), good=good)
     return head + "\n".join(rows) + "\n", ranks
@@ -509,7 +553,8 @@ def table(field, hints):
 
 HEAD = """# Planted mistakes
 
-Made by `python -m data.golden.make`: every mistake of mistakes.py, planted in port_numpy.py, and what compare.py says.
+Made by `python -m data.golden.make`: every mistake of mistakes.py, planted in port_numpy.py, and what
+compare.py says.
 
 {caught} of {number} are caught. The true cause is the first or the second named in {good} of them.
 The last column is its place in the fixed list of compare.py, without hints.safetensors.

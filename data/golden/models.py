@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 import llama
 from data.golden import port_numpy
-from formats import FORMATS
-from tokenizer import Tokenizer
+from tokenizer import FORMATS, Tokenizer
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "tiny"
@@ -118,7 +117,7 @@ BOS, EOS = "<|begin|>", "<|end|>"                           # of vocabulary/, be
 
 
 def make_vocabulary(folder):
-    """Write a folder with a byte-level tokenizer.json that has the control tokens of all formats; its size."""
+    """Write a folder with a byte-level tokenizer.json that has the control tokens of all formats."""
     folder.mkdir(parents=True, exist_ok=True)
     tokens = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokens.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
