@@ -8,8 +8,7 @@ References: the GGUF format (github.com/ggml-org/ggml, docs/gguf.md); llama.cpp'
 Left out: formats of other servers. vectors.json holds all that one needs.
 """
 import json
-import os
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ try:
 except ImportError:  # an extra
     gguf = None
 
+FILES = "vectors.safetensors", "vectors.json", "vectors.gguf", "README.txt"
 NOTE = """Refusal vectors of {model}, chat format {format}, {L} layers of width {D}
 
 vectors.safetensors   all that scans.py found; its flag --vectors takes this file
@@ -46,17 +46,6 @@ fixed negative scale.
 """
 
 
-@contextmanager
-def whole(path):
-    """A temporary path beside `path`, moved there once it is written: nobody meets half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def control_vector(path, v_r, layers):
     """Write v_r (L, D) as a control vector: direction.l for block l, from 1 on; zeros outside `layers`."""
     writer = gguf.GGUFWriter(path, "controlvector")
@@ -71,33 +60,30 @@ def control_vector(path, v_r, layers):
     writer.close()
 
 
-def export(args):
-    """Write the four files into args.folder. What cannot be is a ValueError before the model is loaded."""
-    if gguf is None:
-        raise ValueError("the export needs the package gguf: pip install gguf")
-    folder = args.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{folder}: the folder cannot be written to")
-
-    method = scans.setup(args)
+def write(native, plain, control, readme, method, model):
+    """Write the four files of a Scans; model: the folder it came from."""
     vectors, chosen, tokenizer = method.vectors, method.settings, method.tokenizer
     L, D = vectors.v_r.shape
-    facts = {"model": Path(args.model).resolve().name, "format": tokenizer.name, "system": tokenizer.system,
+    facts = {"model": Path(model).resolve().name, "format": tokenizer.name, "system": tokenizer.system,
              "r_pos": tokenizer.format.r_pos, "alpha": chosen.alpha, "T": chosen.T,
              "steer_layers": chosen.steer, "classify_layers": chosen.classify}
     rows = {name: [[float(f"{x:.9g}") for x in row] for row in getattr(vectors, name).tolist()]
             for name in ("v_r", "d_harm")}                                  # 9 digits: float32, exactly
-    note = NOTE.format(**{**facts, "model": args.model}, L=L, D=D, layers=scans.show_layers(chosen.steer))
+    note = NOTE.format(**{**facts, "model": model}, L=L, D=D, layers=scans.show_layers(chosen.steer))
+    scans.save_vectors(native, vectors, method.meta)
+    plain.write_text(json.dumps({**facts, **rows}), encoding="utf-8")
+    control_vector(control, vectors.v_r, chosen.steer)
+    readme.write_text(note, encoding="utf-8")
 
-    scans.save_vectors(folder / "vectors.safetensors", vectors, method.meta)
-    with whole(folder / "vectors.gguf") as path:
-        control_vector(path, vectors.v_r, chosen.steer)
-    with whole(folder / "vectors.json") as path:
-        path.write_text(json.dumps({**facts, **rows}), encoding="utf-8")
-    with whole(folder / "README.txt") as path:
-        path.write_text(note, encoding="utf-8")
-    scans.say(f"exported  {scans.shown(folder)}: README.txt, vectors.safetensors, .json, .gguf")
+
+def export(args):
+    """Write the four files into args.folder. What cannot be is a ValueError before the model is loaded."""
+    if gguf is None:
+        raise ValueError("the export needs the package gguf: pip install gguf")
+    with ExitStack() as stack:      # all four are begun before the model is loaded, and moved at the end
+        paths = [stack.enter_context(scans.written_whole(args.folder / name)) for name in FILES]
+        write(*paths, scans.setup(args), args.model)
+    scans.say(f"exported  {scans.shown(args.folder)}: README.txt, vectors.safetensors, .json, .gguf")
 
 
 def main():

@@ -83,12 +83,11 @@ def test_the_folder_holds_the_four_files_and_nothing_half_written(exported):
     assert {path.name for path in exported.iterdir()} == names
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(KeyError), export.whole(tmp_path / "a") as path:
-        path.write_text("ne")
-        raise KeyError
-    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+def test_an_export_that_fails_leaves_the_old_files(exported, tmp_path):
+    (tmp_path / "vectors.json").write_text("old")
+    done = command(tmp_path, "--steer-layers", "99")
+    assert done.returncode == 2 and "layers" in done.stderr.splitlines()[-1]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_missing_gguf_is_one_line_before_the_model_is_loaded(monkeypatch, tmp_path):
