@@ -10,6 +10,7 @@ Left out: text. The ids that every chat format must give stand in formats.json.
 """
 import argparse
 import json
+import os
 import re
 import sys
 import textwrap
@@ -128,7 +129,7 @@ class Name:
 
 EARLIER = "only this differs: it is made here from what agrees above, so look at the code of this very step"
 WIDTH = "each kind is filled up to its own longest row: take the row length from the header"
-EPS = "eps is not rms_norm_eps of config.json: 1e-6 for 1e-5 is 1e-3 off here and 2e-3 in the logits"
+EPS = "eps is not rms_norm_eps of config.json: 1e-6 for 1e-5 is 1e-3 off here in the embedded model"
 
 # one query, in the order of the forward pass; {l} is a block
 FORWARD = [
@@ -639,9 +640,11 @@ def main():
     except ValueError as error:
         stop(error)
     sys.stdout.reconfigure(errors="replace")
-    print("\n".join(lines))
-    if status:
-        sys.exit(status)
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:         # the reader has gone, as head does: nothing more to say, at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 if __name__ == "__main__":
