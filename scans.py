@@ -9,8 +9,9 @@ that without training:
     decision     is this query harmful? cosine of its hidden-state transition with d_harm (Eqs. 4, 5)
     steering     add sigma alpha v_r in the middle layers while generating (Eq. 6)
 
-The first half of the file is the method, in that order, and you may stop reading where it ends.
-The second half is what a command needs: prompt files, the vectors file, flags and printing.
+The first third of the file is the method, in that order. You may stop reading where it ends. The rest is
+what a command needs: settings, prompt files, the vectors file, flags and printing. One line of
+`Llama.forward` in llama.py adds the vectors; tokenizer.py counts the positions p and e.
 
 Layer l is the residual stream after block l, 0-based, before the final norm, everywhere.
 
@@ -78,13 +79,12 @@ def read_streams(model, prompts, batch_size=16, progress=lambda done: None):
 def refusal_vectors(a_harmful, a_harmless):
     """v_r (L, D) of unit length and its length before scaling (L), from a^l(q) at p, (n, L, D) and (m, L, D).
 
-    The paper does not scale. The public code does, and the published alpha (2 to 4) only makes sense with it.
+    The paper does not scale. The public code does, and its alpha (3.5 or 4) only makes sense with it.
     """
     v = a_harmful.mean(0) - a_harmless.mean(0)                                  # Eq. 1, (L, D)
     norm = v.norm(dim=-1)                                                       # (L)
-    if (norm == 0).any():
-        l = int((norm == 0).nonzero()[0])
-        raise ValueError(f"layer {l}: harmful and harmless anchors have the same mean")
+    if not norm.all():
+        raise ValueError(f"layer {int(norm.argmin())}: harmful and harmless anchors have the same mean")
     return v / norm[:, None], norm
 
 
@@ -100,8 +100,7 @@ def harm_direction(a_t):
 
 def leave_one_out(a_t):
     """Cosines (n, L) of each transition of a_t (n, L, D) with the d_harm of the n - 1 others."""
-    n = len(a_t)
-    others = (n * harm_direction(a_t) - a_t) / (n - 1)                          # (n, L, D)
+    others = harm_direction(a_t) * len(a_t) - a_t       # (n, L, D), the sum: a cosine ignores the scale
     return F.cosine_similarity(a_t, others, dim=-1)
 
 
@@ -118,13 +117,13 @@ class Vectors:
 
 def extract(model, harmful, harmless, progress=lambda done: None):
     """Vectors from the Prompts of n harmful and m harmless anchors."""
+    n = len(harmful)
     streams = read_streams(model, harmful + harmless, progress=progress)        # (n + m, L, 2, D)
-    minus, plus = streams[:len(harmful)], streams[len(harmful):]
-    v_r, v_norm = refusal_vectors(minus[:, :, 0], plus[:, :, 0])
-    a_t = transition(minus)
-    d_harm = harm_direction(a_t)
-    return Vectors(v_r, d_harm, leave_one_out(a_t), cosines(transition(plus), d_harm),
-                   v_norm, streams[:, :, 0].norm(dim=-1).mean(0))
+    a_p, a_t = streams[:, :, 0], transition(streams)                            # (n + m, L, D) each
+    v_r, v_norm = refusal_vectors(a_p[:n], a_p[n:])
+    d_harm = harm_direction(a_t[:n])
+    return Vectors(v_r=v_r, d_harm=d_harm, v_norm=v_norm, a_norm=a_p.norm(dim=-1).mean(0),
+                   cos_harmful=leave_one_out(a_t[:n]), cos_harmless=cosines(a_t[n:], d_harm))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -139,20 +138,27 @@ def segments(L):
 def principal_component(v):
     """First principal component (D) of the rows of v (layers, D), turned along their mean.
 
-    Not centred: what the layers of a segment share is wanted, and centring takes just that away.
-    Turned, because a component has no sign. The other way round the table shows words of compliance.
-    The paper says neither.
+    Not centred: we want what the layers of a segment share, and centring removes just that.
+    The sign of a component is arbitrary. Against the mean, the table would show words of compliance.
+    The paper specifies neither.
     """
     component = torch.linalg.svd(v, full_matrices=False).Vh[0]
     return component if component @ v.mean(0) >= 0 else -component
 
 
 def top_tokens(model, tokenizer, directions, k=10):
-    """The k pieces whose output embedding each direction (n, D) points to most: n lists."""
+    """The k tokens with the highest logit for each direction (n, D), without the final norm: n lists."""
     directions = directions.to(model.head.device)
     rows = model.head.to_dense().split(8192)            # in parts: some vocabularies have 128 thousand pieces
     logits = torch.cat([directions @ part.float().T for part in rows], -1)      # (n, V)
     return [[tokenizer.piece(id) for id in ids] for ids in logits.topk(k).indices.tolist()]
+
+
+def segment_words(model, tokenizer, v_r):
+    """Table 1: the ten tokens that each segment's component of v_r (L, D) points to, {segment: tokens}."""
+    parts = {name: v_r[list(layers)] for name, layers in segments(len(v_r)).items() if layers}
+    components = torch.stack([principal_component(part) for part in parts.values()])    # (segments, D)
+    return dict(zip(parts, top_tokens(model, tokenizer, components)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -201,7 +207,7 @@ def steering(v_r, strength, layers):
 
 @dataclass
 class Decision:
-    """What one unsteered pass over instruction + r_pos tells of B questions."""
+    """What follows from one unsteered pass over instruction + r_pos, for B questions."""
     questions: list[str]
     prompts: list               # B Prompts
     cosines: torch.Tensor       # (B, L)
@@ -212,34 +218,6 @@ class Decision:
     seconds: float
 
 
-@dataclass
-class Past:
-    """What a chat keeps of its last turn: the ids before its p, and a cache with their unsteered keys."""
-    ids: list[int] = field(default_factory=list)
-    cache: Cache | None = None
-
-
-@dataclass
-class Answer:
-    """An answer as it grows."""
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    stopped: str | None = None
-
-    def grow(self, id, stopped, tokenizer):
-        """Take in the next id (None for the end token) and return the text that is new.
-
-        All ids are decoded again: a piece alone loses its space, and a character may take several pieces.
-        Half a character is held back.
-        """
-        self.ids += [] if id is None else [id]
-        self.stopped = stopped
-        before, text = self.text, tokenizer.decode(self.ids)
-        if stopped or not text.endswith("\ufffd"):
-            self.text = text
-        return self.text[len(before):]
-
-
 class Scans:
     """A model with its tokenizer, vectors and settings.
 
@@ -248,7 +226,7 @@ class Scans:
 
     def __init__(self, model, tokenizer, vectors, settings, sigma=None, sampling=None, meta=None):
         """sigma: None to decide per query, else -1, 0 or +1 for every query.
-        sampling: None for the model's published way. meta: the metadata of the vectors file."""
+        sampling: None for greedy, with the model's repetition penalty. meta: metadata of the vectors file."""
         self.model, self.tokenizer, self.vectors, self.settings = model, tokenizer, vectors, settings
         self.sigma = sigma if sigma is None else check("sigma", sigma)
         self.sampling = sampling or Sampling(repetition_penalty=settings.table.repetition_penalty)
@@ -258,10 +236,11 @@ class Scans:
     @classmethod
     def load(cls, folder=DATA / "tiny", *, device=None, dtype=None, format=None, system=None, sigma=None,
              sampling=None, alpha=None, threshold=None, steer_layers=None, classify_layers=None, **anchors):
-        """Everything from a model's folder. Arguments are the flags of the command, None for their defaults.
+        """Everything from a model's folder. Arguments are named as the flags; None is the flag's default.
 
-        sampling: a dict of the fields of llama.Sampling that are given. anchors: see `find_vectors`.
-        Makes the vectors where there are none. Raises ValueError.
+        steer_layers, classify_layers: lists of layers. sampling: a dict of fields of llama.Sampling.
+        anchors: vectors, refresh, harmful, harmless, anchors, anchor_seed, as in `find_vectors`.
+        Extracts the vectors where there are none yet. Raises ValueError.
         """
         model, tokenizer = open_model(folder, device, dtype, format, system)
         vectors, _, meta = find_vectors(folder, model, tokenizer, **anchors)
@@ -308,19 +287,12 @@ class Scans:
         config, start = self.model.config, [prompt.p for prompt in prompts]
         end = min(max(start) + 1 + self.sampling.max_new_tokens, config.context)
         cache = Cache(config, len(prompts), max(end, *(prompt.e + 1 for prompt in prompts)), self.model.embed)
-        known = 0
-        if past:
-            if len(prompts) != 1:
-                raise ValueError(f"a chat goes on with one question, not {len(prompts)}")
-            before = prompts[0].ids[:start[0]]
-            known = len(os.path.commonprefix([past.ids, before]))
-            if known:
-                cache.kv[:, :, :, :known] = past.cache.kv[:, :, :, :known]
-                cache.length[:] = known
-            past.ids, past.cache = before, cache
+        if past and len(prompts) != 1:
+            raise ValueError(f"a chat goes on with one question, not {len(prompts)}")
+        known = past.reuse(cache, prompts[0].ids[:start[0]]) if past else 0
         ids, positions = pad(prompts, self.model.embed.device)
         _, streams = self.model.forward(ids[:, known:], cache, read=positions - known)
-        cache.length = torch.tensor(start)
+        cache.length = torch.tensor(start)      # "at p and after": what is steered goes on from here
         return streams.float().cpu(), cache, known
 
     def fork(self, decision, default=True):
@@ -328,7 +300,8 @@ class Scans:
         kinds = ("default", "scans") if default else ("scans",)
         names = [(i, kind) for i in range(len(decision.prompts)) for kind in kinds]
         cache = decision.cache.rows([i for i, _ in names]) if default else decision.cache
-        strength = [int(decision.sigma[i]) * self.settings.alpha * (kind == "scans") for i, kind in names]
+        sigma, alpha = decision.sigma.tolist(), self.settings.alpha
+        strength = [sigma[i] * alpha if kind == "scans" else 0.0 for i, kind in names]      # of Eq. 6
         steer = steering(self.v_r, torch.tensor(strength), self.settings.steer)
         return names, cache, steer.to(self.model.embed.dtype)
 
@@ -347,12 +320,13 @@ class Scans:
             answers = {name: Answer() for name in names}
             for step in llama.generate(self.model, instructions, cache, steer, self.sampling):
                 for row, id, stopped in step:
-                    show(*names[row], answers[names[row]].grow(id, stopped, self.tokenizer), stopped)
+                    name = names[row]
+                    show(*name, answers[name].grow(id, stopped, self.tokenizer), stopped)
         seconds = time.perf_counter() - started if answers else None
         return [self.result(decision, i, answers, seconds) for i in range(len(decision.prompts))]
 
     def result(self, decision, i, answers, seconds):
-        """The dict of --json for question i. What only answers tell is None where there is none."""
+        """The dict of --json for question i. Fields that need an answer are None if none was generated."""
         chosen, prompt = self.settings, decision.prompts[i]
         default, scans = (answers.get((i, kind)) for kind in ("default", "scans"))
 
@@ -379,7 +353,51 @@ class Scans:
 # =========================================================================================================
 # Here the method ends. What follows is what a command needs.
 # =========================================================================================================
-# Settings
+# Answers as they grow, and chats
+
+
+@dataclass
+class Past:
+    """What a chat keeps of its last turn: the ids before its p, and a cache with their unsteered keys."""
+    ids: list[int] = field(default_factory=list)
+    cache: Cache | None = None
+
+    def reuse(self, cache, before):
+        """Fill a new cache of one row with what is known of the ids `before` p.
+
+        Both are kept for the next turn. Returns how many positions are known.
+        """
+        known = len(os.path.commonprefix([self.ids, before]))       # works on lists of ids too
+        if known:
+            cache.kv[:, :, :, :known] = self.cache.kv[:, :, :, :known]
+            cache.length[:] = known
+        self.ids, self.cache = before, cache
+        return known
+
+
+@dataclass
+class Answer:
+    """An answer as it grows."""
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    stopped: str | None = None
+
+    def grow(self, id, stopped, tokenizer):
+        """Take in the next id (None for the end token) and return the text that is new.
+
+        All ids are decoded again: a piece alone loses its space, and a character may take several pieces.
+        Half a character is held back.
+        """
+        self.ids += [] if id is None else [id]
+        self.stopped = stopped
+        before, text = self.text, tokenizer.decode(self.ids)
+        if stopped or not text.endswith("\ufffd"):
+            self.text = text
+        return self.text[len(before):]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Settings: which layers, alpha and T
 
 
 @dataclass(frozen=True)
@@ -703,6 +721,8 @@ def samples(file, size):
 @contextlib.contextmanager
 def written_whole(path):
     """A temporary path beside `path`, moved into place if all goes well, else removed. Raises ValueError."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file, and is not written over")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -722,6 +742,8 @@ def save_vectors(path, vectors, meta):
 
 def is_ours(path):
     """Is this a vectors file, whole, damaged or empty? No other file is ever written over."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         head = file.read(2**16)
     begins = head[8:].startswith(b'{"__metadata__":{')
@@ -812,7 +834,7 @@ def find_vectors(folder, model, tokenizer, *, vectors=None, refresh=False, harmf
         found, meta = load_vectors(path)
         check_meta(path, meta, want)
     else:
-        if path.exists() and not (path.is_file() and is_ours(path)):
+        if path.exists() and not is_ours(path):
             raise ValueError(f"{path}: is no vectors file, and is not written over")
         prompts = [anchor_prompts(file, some, model, tokenizer) for file, some in zip(files, texts)]
         with written_whole(path) as temporary:
@@ -987,6 +1009,8 @@ def setup(args):
     say(f"model     {shown(args.model)}: {model.size() / 1e6:.1f} M parameters, {model.config.L} layers, "
         f"{dtype}{'' if dtype == stored else f' (stored: {stored})'} on {model.embed.device}; "
         f"chat format {tokenizer.name}")
+    if model.embed.device.type == "cpu" and llama.is_slow(model.embed.dtype):
+        say(f"note      this CPU is slow in {dtype}: --dtype bfloat16 is faster, and rounds more")
 
     def progress(done, total):
         report(f"extracting vectors: {done} of {total} anchors", done == total)
@@ -1068,8 +1092,8 @@ class Printer:
 def ask(scans, question, args, history=(), past=None, decided=lambda decision: {}):
     """One question, shown as the flags say; its result. decided(decision) gives what more --json tells."""
     decision = scans.decide([question], history, past)
-    more = decided(decision)
     explain(decision, scans.settings.T)
+    more = decided(decision)
     printer = Printer(["scans"] if args.no_default else ["default", "scans"])
     show = (lambda *new: None) if args.json else printer.show
     result = {**scans.decode(decision, not args.no_default, show)[0], **more}
@@ -1119,9 +1143,7 @@ def trace(scans, question, args):
 def analyze(scans, args):
     """The layers: words of each segment (Table 1), lengths, separation of the anchors. Changes nothing."""
     vectors, L = scans.vectors, scans.model.config.L
-    thirds = {name: list(layers) for name, layers in segments(L).items() if layers}
-    components = torch.stack([principal_component(vectors.v_r[layers]) for layers in thirds.values()])
-    words = dict(zip(thirds, top_tokens(scans.model, scans.tokenizer, components)))
+    words = segment_words(scans.model, scans.tokenizer, vectors.v_r)
     by_layer = top_tokens(scans.model, scans.tokenizer, vectors.v_r)
     rows = [{"layer": l, "v_norm": float(vectors.v_norm[l]), "a_norm": float(vectors.a_norm[l]),
              "auroc": auroc(vectors.cos_harmful[:, l], vectors.cos_harmless[:, l]),
@@ -1134,8 +1156,8 @@ def analyze(scans, args):
         print(json.dumps(found, ensure_ascii=False))
         return
     print("segment         tokens its first principal component points to")
-    for name, layers in thirds.items():
-        print(f"{name:7} {show_layers(layers):7} {' '.join(words[name])}")
+    for name, some in words.items():
+        print(f"{name:7} {show_layers(segments(L)[name]):7} {' '.join(some)}")
     print("\nlayer  |v_r| before scaling  |a| at p  AUROC of the anchors  v_r points to")
     for row in rows:
         print(f"{row['layer']:5}  {row['v_norm']:20.3f}  {row['a_norm']:8.2f}  {row['auroc']:20.3f}  "
@@ -1144,7 +1166,9 @@ def analyze(scans, args):
     for row in ranges:
         name = show_layers(row["classify_layers"]) + " as set" * (row["classify_layers"] == set_now)
         print(f"{name:21}  {row['auroc']:20.3f}  {row['threshold']:11.4f}  {row['above']:22}")
-    print(f"best by AUROC: {show_layers(best['classify_layers'])}")
+    ties = sum(row["auroc"] == best["auroc"] for row in ranges) - 1
+    more = f" ({ties} more are as good)" if ties else ""
+    print(f"best by AUROC: {show_layers(best['classify_layers'])}{more}")
 
 
 def candidates(L):

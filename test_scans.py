@@ -718,7 +718,8 @@ def test_no_other_file_is_written_over(folder, tmp_path, monkeypatch):
     notes.write_text("precious")
     with pytest.raises(ValueError, match=r"not a whole vectors file \([^)]*\)$"):       # no advice to --refresh it
         Scans.load(folder, format="llama-2", vectors=notes)
-    for path in (notes, Path("/dev/null"), tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (notes, tmp_path / "pipe", tmp_path):
         with pytest.raises(ValueError, match="is not written over"):
             Scans.load(folder, format="llama-2", vectors=path, refresh=True, anchors=4)
     assert notes.read_text() == "precious"

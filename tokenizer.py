@@ -8,8 +8,8 @@ carries its two positions, which are counted, never searched for:
     p   last token of the instruction                     (where SCANS reads a^l(q), and from where it steers)
     e   last token of the instruction with r_pos ("Sure") behind it
 
-The chat formats are one table, written after the templates that the models publish. Tests compare the ids with
-transformers'.
+The chat formats are one table, written after the templates that the models publish. Tests compare the ids
+with transformers'.
 
 References: SentencePiece (arXiv 1808.06226), byte-level BPE (GPT-2's report, section 2.2).
 Left out: tools; the date lines that Llama 3.1 and later put before a system prompt; the "<think>" with which
@@ -282,7 +282,7 @@ def find_format(folder):
                 return name
         raise ValueError(f"{folder}: the chat template is of no format known here; {ask}")
     for part in reversed(Path(folder).resolve().parts[-3:]):  # a hub's cache has the name two levels up
-        for name in FORMATS:
+        for name in sorted(FORMATS, key=len, reverse=True):
             if name in part.lower():
                 return name
     raise ValueError(f"{folder}: no chat template, and the name does not tell the format; {ask}")
