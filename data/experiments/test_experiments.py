@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -611,6 +612,22 @@ def test_capability(mmlu_folder, command, tmp_path):
     assert "tokens, one window needs" in command("capability", "--text", tmp_path / "text.txt", status=2)[1]
     (tmp_path / "sums.csv").write_text("text,summary\na,b\n")
     assert "row 1 has no document" in command("capability", "--summaries", tmp_path / "sums.csv", status=2)[1]
+
+
+def test_the_page_shows_what_eval_prints(capsys, monkeypatch, tmp_path):
+    """The block of README.md, word for word: refusals, all answers, and both classes of Figure 4."""
+    text = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    shown = re.search(r"^    python -m data\.experiments (eval .*)\n\n```\n((?s:.*?))```$", text, re.M)
+    line, block = shown.groups()
+    rows = (ROOT / "data" / "overrefusal.csv").read_text(encoding="utf-8").splitlines()
+    heldout = [rows[0], *(row for row in rows if "embedded model" in row)]
+    (tmp_path / "heldout.csv").write_text("\n".join(heldout) + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["experiments", *line.split()])
+    main()
+    printed = capsys.readouterr().out
+    assert [shown.split() for shown in printed.splitlines() if shown] == [
+        shown.split() for shown in block.splitlines() if shown]
 
 
 # ------------------------------------------------------------------------------------------------------------
