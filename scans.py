@@ -752,7 +752,7 @@ def is_ours(path):
 
 def load_vectors(path):
     """(Vectors, metadata) of a vectors file. ValueError for one that is damaged, or that is none."""
-    advice = ""
+    path, advice = Path(path), ""
     try:
         advice = "; --refresh makes it again" if is_ours(path) else ""
         with safe_open(path, "pt") as file:
