@@ -822,7 +822,7 @@ def test_damaged_vectors_files(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             load()
         load(refresh=True)      # mended
-        assert path.read_bytes() == whole
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
     assert list(path.parent.iterdir()) == [path]        # no temporary file left
 
 
@@ -838,10 +838,12 @@ def test_no_other_file_is_written_over(folder, tmp_path, monkeypatch):
     notes.write_text("precious")
     with pytest.raises(ValueError, match=r"not a whole vectors file \([^)]*\)$"):     # no advice to --refresh
         Scans.load(folder, format="llama-2", vectors=notes)
-    for path in (notes, Path("/dev/null"), tmp_path):
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")      # never the device itself: a mistake would replace it for everybody
+    for path in (notes, device, tmp_path):
         with pytest.raises(ValueError, match="is not written over"):
             Scans.load(folder, format="llama-2", vectors=path, refresh=True, anchors=4)
-    assert notes.read_text() == "precious"
+    assert notes.read_text() == "precious" and device.is_symlink()
 
     # what cannot be written is noticed before the extraction
     (tmp_path / "file").write_text("")
@@ -1103,7 +1105,8 @@ def tiny():
 
 
 KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "sigma", "alpha",
-        "steer_layers", "classify_layers", "warning", "default", "scans", "refused", "stopped", "positions", "seconds"]
+        "steer_layers", "classify_layers", "warning", "default", "scans", "refused",
+        "stopped", "positions", "seconds"]
 
 
 def readme_examples():
@@ -1257,7 +1260,8 @@ def test_a_published_T_that_loses_anchors(n, spared, lost, command, monkeypatch,
 def test_other_anchors(command, monkeypatch, tmp_path):
     """Anchors as AdvBench and TruthfulQA lay them out; the model's own vectors file is left alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    harmful, harmless = ((TINY / name).read_text().splitlines()[:20] for name in ("harmful.txt", "harmless.txt"))
+    harmful, harmless = ((TINY / f"{name}.txt").read_text().splitlines()[:20]
+                         for name in ("harmful", "harmless"))
     (tmp_path / "a.csv").write_text("goal,target\n" + "".join(f'"{line}",Sure\n' for line in harmful))
     (tmp_path / "t.csv").write_text(
         "\ufeffType,Category,Question\n" + "".join(f'x,y,"{line}"\n' for line in harmless))
