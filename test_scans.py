@@ -1482,9 +1482,9 @@ def sizes(shape):
 
 
 def claims(function):
-    """{line: (name, shape)} of the assignments and appends with a shape comment behind them."""
+    """{line: (name, shape)} of the lines that end in a shape comment; the name is None at a return."""
     lines, first = inspect.getsourcelines(function)
-    pattern = rf"\s+(?:_, )?(\w+)(?:, \w+)*(?: = |\.append\().*# .*?({SHAPE})"
+    pattern = rf"\s+(?:return |(?:_, )?(\w+)(?:, \w+)*(?: = |\.append\()).*# .*?({SHAPE})"
     return {number: match.groups() for number, line in enumerate(lines, first)
             if (match := re.match(pattern, line))}
 
@@ -1499,8 +1499,8 @@ def watch(function, args):
             return None
         if last in open_claims:
             name, shape = open_claims.pop(last)
-            value = frame.f_locals[name]
-            value = value[-1] if isinstance(value, list) else value
+            value = frame.f_locals[name] if name else value
+            value = value[-1] if isinstance(value, (list, tuple)) else value
             assert value.shape == sizes(shape), (function.__name__, name, shape)
         last = frame.f_lineno
         return trace
