@@ -799,7 +799,8 @@ def test_damaged_vectors_files(folder, tmp_path):
     def load(refresh=False):
         return Scans.load(folder, format="llama-2", vectors=path, anchors=16, refresh=refresh)
     load(refresh=True)
-    whole, tensors, meta = path.read_bytes(), load_file(path), scans.load_vectors(path)[1]
+    whole, meta = path.read_bytes(), scans.load_vectors(path)[1]
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # the file is only mapped
 
     def save(more={}, meta=meta, **changed):
         return lambda: save_file({**tensors, **changed, **more}, path, metadata=meta)
@@ -822,7 +823,7 @@ def test_damaged_vectors_files(folder, tmp_path):
         with pytest.raises(ValueError, match=message):
             load()
         load(refresh=True)      # mended
-        assert path.read_bytes() == whole
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
     assert list(path.parent.iterdir()) == [path]        # no temporary file left
 
 
@@ -838,11 +839,12 @@ def test_no_other_file_is_written_over(folder, tmp_path, monkeypatch):
     notes.write_text("precious")
     with pytest.raises(ValueError, match=r"not a whole vectors file \([^)]*\)$"):     # no advice to --refresh
         Scans.load(folder, format="llama-2", vectors=notes)
-    os.mkfifo(tmp_path / "pipe")
-    for path in (notes, tmp_path / "pipe", tmp_path):
+    device = tmp_path / "null"
+    device.symlink_to("/dev/null")      # never the device itself: a mistake would replace it for everybody
+    for path in (notes, device, tmp_path):
         with pytest.raises(ValueError, match="is not written over"):
             Scans.load(folder, format="llama-2", vectors=path, refresh=True, anchors=4)
-    assert notes.read_text() == "precious"
+    assert notes.read_text() == "precious" and device.is_symlink()
 
     # what cannot be written is noticed before the extraction
     (tmp_path / "file").write_text("")
@@ -1104,7 +1106,8 @@ def tiny():
 
 
 KEYS = ["prompt", "format", "p", "e", "score", "threshold", "threshold_rule", "sigma", "alpha",
-        "steer_layers", "classify_layers", "warning", "default", "scans", "refused", "stopped", "positions", "seconds"]
+        "steer_layers", "classify_layers", "warning", "default", "scans", "refused",
+        "stopped", "positions", "seconds"]
 
 
 def readme_examples():
@@ -1261,7 +1264,8 @@ def test_a_published_T_that_loses_anchors(n, spared, lost, command, monkeypatch,
 def test_other_anchors(command, monkeypatch, tmp_path):
     """Anchors as AdvBench and TruthfulQA lay them out; the model's own vectors file is left alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    harmful, harmless = ((TINY / name).read_text().splitlines()[:20] for name in ("harmful.txt", "harmless.txt"))
+    harmful, harmless = ((TINY / f"{name}.txt").read_text().splitlines()[:20]
+                         for name in ("harmful", "harmless"))
     (tmp_path / "a.csv").write_text("goal,target\n" + "".join(f'"{line}",Sure\n' for line in harmful))
     (tmp_path / "t.csv").write_text(
         "\ufeffType,Category,Question\n" + "".join(f'x,y,"{line}"\n' for line in harmless))
@@ -1482,9 +1486,9 @@ def sizes(shape):
 
 
 def claims(function):
-    """{line: (name, shape)} of the assignments and appends with a shape comment behind them."""
+    """{line: (name, shape)} of the lines that end in a shape comment; the name is None at a return."""
     lines, first = inspect.getsourcelines(function)
-    pattern = rf"\s+(?:_, )?(\w+)(?:, \w+)*(?: = |\.append\().*# .*?({SHAPE})"
+    pattern = rf"\s+(?:return |(?:_, )?(\w+)(?:, \w+)*(?: = |\.append\()).*# .*?({SHAPE})"
     return {number: match.groups() for number, line in enumerate(lines, first)
             if (match := re.match(pattern, line))}
 
@@ -1499,8 +1503,8 @@ def watch(function, args):
             return None
         if last in open_claims:
             name, shape = open_claims.pop(last)
-            value = frame.f_locals[name]
-            value = value[-1] if isinstance(value, list) else value
+            value = frame.f_locals[name] if name else value
+            value = value[-1] if isinstance(value, (list, tuple)) else value
             assert value.shape == sizes(shape), (function.__name__, name, shape)
         last = frame.f_lineno
         return trace
