@@ -291,7 +291,7 @@ def weights_data(rng, box):
     kind = rng.choice([
         lambda: {}, lambda: {name: tensor * math.nan}, lambda: {name: tensor * math.inf}, lambda: {name: tensor[:-1]},
         lambda: {name: tensor.to(torch.float8_e4m3fn)}, lambda: {name: tensor.double()},
-        lambda: {name: tensor.int()}, lambda: {name: tensor[None]}, lambda: {name: tensor, "x": tensor},
+        lambda: {name: tensor.int()}, lambda: {name: tensor[None]}, lambda: {name: tensor, "x": tensor + 1},
         lambda: {name: torch.empty(0)}])
     save_file({**tensors, **kind()}, path)
     return "scans.py", ask(box), True
@@ -363,7 +363,10 @@ def vectors_header(rng, box):
 def foreign(rng, box):
     """A file that is none of ours, as vectors to be made again or as results. It must not be written over."""
     path = box / "precious.txt"
-    path.write_bytes(rng.choice([b"precious", b"precious\n", b"{}\n", b"[1]", b'{"variant": 1}\n', b"\xff\xfe", b"\0" * 99,
+    if rng.random() < 0.1:      # a pipe stands for device nodes: a wrong program run by root would replace those
+        os.mkfifo(path)
+    else:
+        path.write_bytes(rng.choice([b"precious", b"precious\n", b"{}\n", b"[1]", b'{"variant": 1}\n', b"\xff\xfe", b"\0" * 99,
                                  (box / "prompts.csv").read_bytes(), (box / "pieces" / "model.safetensors").read_bytes()]))
     if rng.random() < 0.5:
         return "scans.py", ask(box, "pieces", "--vectors", path), True
@@ -426,7 +429,7 @@ def prompts(rng, box):
 
 
 TEXTS = ["", "-1", "0", "1", "2.5", "nan", "inf", "-inf", "1e-40", "1e-46", "1e400", "9" * 400, "--", "-", "x", "\u0663",
-         "0x10", " 1", "\udcff", "1e-7", "true", "None", "0-3", "3-1", "0-999", "1,,2", "-1-2", "1-2-3", "{s}", "/dev/null",
+         "0x10", " 1", "\udcff", "1e-7", "true", "None", "0-3", "3-1", "0-999", "1,,2", "-1-2", "1-2-3", "{s}",
          "/", ".", "meta", "cuda:99", "cpu:7", "cpu", "llama-2", "vicuna", "zephyr", "float16", "bfloat16", "\n", "a\nb"]
 FLAGS = ("model", "format", "system", "device", "dtype", "vectors", "harmful", "harmless", "anchors", "anchor-seed",
          "alpha", "threshold", "sigma", "steer-layers", "classify-layers", "max-new-tokens", "repetition-penalty",
@@ -436,7 +439,7 @@ WRONG_FLAGS = {
     "anchors": ["0", "1", "2.5", "9" * 400], "top-k": ["-1", "2.5", "9" * 400], "seed": ["-1", "9" * 400, "x"],
     "device": ["meta", "x", "cuda:99", ""], "sigma": ["2.5", "9" * 400, "true"], "steer-layers": ["3-1", "0-999", "", "x"],
     "max-new-tokens": ["-1", "9" * 400, "1e400"], "format": ["x", ""], "model": ["", "x", "/dev/null"], "prompt": ["", "\n", "\udcff"],
-    "threshold": ["nan", "inf", "9" * 400], "repetition-penalty": ["0", "nan", "1e-46"], "vectors": ["/dev/null", "/", "."],
+    "threshold": ["nan", "inf", "9" * 400], "repetition-penalty": ["0", "nan", "1e-46"], "vectors": ["/", "."],
     "harmful": ["/dev/null", "/", "", "x"]}
 
 
@@ -480,8 +483,9 @@ def fault(seed, whole, box):
     """What is wrong with the outcome of case `seed`, or None; and what the case was."""
     rng = random.Random(seed)
     shutil.copytree(whole, box)
-    program, argv, must = rng.choice(DAMAGES)(rng, box)
-    case = [program, *(str(arg)[:80] for arg in argv)]
+    how = rng.choice(DAMAGES)
+    program, argv, must = how(rng, box)
+    case = [how.__name__, program, *(str(arg)[:80] for arg in argv)]
     before = contents(box)
     status, said = run(program, argv, box, rng.choice(["Whip it.\n", "", "\n\n", "a\nb\n", "\udcff\n"]))
     after = contents(box)
