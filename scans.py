@@ -515,8 +515,8 @@ def check_finite(streams, names):
 
 CANNOT = (r"(?:cannot|can't|can not|could not|couldn't|will not|won't|"
           r"(?:am|'m) (?:not able|unable|not allowed|not going|not willing) to)")
-HELP = (r"(?:help|assist|aid|support|provide|give|offer|share|tell|teach|explain|discuss|answer|respond|describe|"
-        r"fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|produce|"
+HELP = (r"(?:help|assist|aid|support|provide|give|offer|share|tell|teach|explain|discuss|answer|respond|"
+        r"describe|fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|produce|"
         r"advise|recommend|suggest|encourage|promote|condone|endorse|facilitate)")
 REFUSALS = (    # looked for in the opening of an answer, lower case, with straight quotes
     # I (simply) cannot (in good conscience) help; not: I cannot taste food
@@ -917,7 +917,14 @@ def number(kind, low, high):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors on one line."""
+    """argparse, with errors on one line. It takes --alpha=-- for a flag without a value: that is one too."""
+
+    def parse_args(self):
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if isinstance(value, list) and (not value or [] in value):
+                self.error(f"argument --{name.replace('_', '-')}: expected a value")
+        return args
 
     def error(self, message):
         fail(f"{message} (--help lists the flags)")

@@ -1,6 +1,5 @@
 """Careless use, one case at a time: what the fuzz test's damaged files do not reach."""
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,4 +110,8 @@ def test_more_refusals(refused, answer):
 def test_the_embedded_models_own_lines():
     """What data/tiny was taught to refuse with is a refusal, and what it was taught to answer is none."""
     world = (ROOT / "data" / "tiny" / "world.txt").read_text().splitlines()
-    assert not [line for line in world if is_refusal(re.sub(r"^.*?\t", "", line))]
+    answers = [line.split("|")[-1].strip() for line in world if not line.startswith("#")]
+    phrases = [line.split("|") for line in (ROOT / "data" / "tiny" / "phrasings.txt").read_text().splitlines()]
+    refusals = [phrase[-1].strip() for phrase in phrases if phrase[0].strip() in ("refusal", "house")]
+    assert len(answers) > 100 and not [line for line in answers if is_refusal(line)]
+    assert len(refusals) > 5 and not [line for line in refusals if not is_refusal(line)]
