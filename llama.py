@@ -534,7 +534,7 @@ def read_pickle(path):
         raise ValueError(f"{path}: not a whole pickle of tensors alone, and no other is opened; "
                          f"fetch the folder's safetensors ({first_line(error)})") from None
     if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided
+            isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided and t.is_cpu
             for name, t in tensors.items()):
         raise ValueError(f"{path}: holds no dict of dense tensors")
     return tensors

@@ -29,11 +29,15 @@ import math
 import os
 import random
 import re
+import signal
 import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during slow imports: no traceback; see `run`
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +46,7 @@ from safetensors.torch import save_file
 
 import llama
 from llama import Cache, Sampling, checked
-from tokenizer import FORMATS, Tokenizer
+from tokenizer import FORMATS, Tokenizer, check_text
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -530,18 +534,19 @@ def check_finite(streams, names):
 CANNOT = (r"(?:cannot|can't|can not|could not|couldn't|will not|won't|"
           r"(?:am|'m) (?:not able|unable|not allowed|not going|not willing) to)")
 HELP = (r"(?:help|assist|aid|support|provide|give|offer|share|tell|teach|explain|discuss|answer|respond|"
-        r"fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|produce|"
+        r"describe|fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|produce|"
         r"advise|recommend|suggest|encourage|promote|condone|endorse|facilitate)")
 REFUSALS = (    # looked for in the opening of an answer, lower case, with straight quotes
     # I (simply) cannot (in good conscience) help; not: I cannot taste food
     rf"\bi ?(?:\w+ ){{0,2}}{CANNOT} (?!wait )(?:[\w,']+ ){{0,4}}?{HELP}\b",
     r"\bi (?:do not|don't) (?:provide|assist|help|support|condone|engage)\b|\bi(?:'d| would) rather not\b",
     r"\b(?:not|n't) something (?:that )?i (?:can|could|am able|will|'m able)\b",
-    r"\bsorry,? but\b|\bsorry,? i (?:can|won|will|am)",                # not: sorry to hear that
+    rf"\bsorry,? but\b|\bsorry,? i ?{CANNOT}\b",                      # not: sorry to hear that
+    r"^no[,.]? i (?:will not|won't)\b",
     r"\bi (?:must |have to )?apologi[sz]e,? but\b",
     r"\bi (?:must|have to|will have to)(?: \w+ly)? (?:decline|refuse)\b|\bi (?:decline|refuse) to\b",
     r"\b(?:not|n't) (?:feel )?comfortable (?:with )?\w+ing\b",         # I'm not comfortable helping with that
-    r"\bas an? (?:responsible|ethical|respectful)\b",                  # As a responsible assistant, ...
+    r"\bas an? (?:responsible|ethical|respectful)(?:,? (?:and )?\w+){0,2} (?:ai|assistant|model|chatbot)\b",
     r"\b(?:not|never|n't) (?:appropriate|ethical|acceptable)\b(?: or \w+)? (?:for me )?to\b",
     r"\b(?:it|this|that)(?: is|'s| would be) (?:\w+ and )?(?:unethical|immoral)\b",
     r"\b(?:against|not within|beyond) my (?:programming|guidelines|principles|values|policy|policies)\b",
@@ -659,7 +664,7 @@ def anchor_texts(folder, harmful=None, harmless=None, anchors=None, anchor_seed=
     """
     n = check("anchors", 64 if anchors is None else anchors)
     seed = check("anchor_seed", 0 if anchor_seed is None else anchor_seed)
-    files = [Path(named or (Path(folder) if (Path(folder) / name).exists() else DATA) / name)
+    files = [(Path(folder) if (Path(folder) / name).exists() else DATA) / name if named is None else Path(named)
              for named, name in ((harmful, "harmful.txt"), (harmless, "harmless.txt"))]
     texts = [draw_anchors(file, kind, n, seed) for file, kind in zip(files, ("unsafe", "safe"))]
     both = set(texts[0]) & set(texts[1])
@@ -830,6 +835,8 @@ def find_vectors(folder, model, tokenizer, *, vectors=None, refresh=False, harmf
         path = Path(folder) / "vectors.safetensors"
         if not path.exists() or not serves(path, want, refresh):
             path = cache_folder() / f"{digest(json.dumps(want))}.safetensors"
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is no regular file, and is not written over")
     if path.exists() and not refresh:
         found, meta = load_vectors(path)
         check_meta(path, meta, want)
@@ -932,7 +939,14 @@ def number(kind, low, high):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors on one line."""
+    """argparse, with errors on one line. It takes --alpha=-- for a flag without a value: that is one too."""
+
+    def parse_args(self):
+        args = super().parse_args()
+        for name, value in vars(args).items():
+            if isinstance(value, list) and (not value or [] in value):
+                self.error(f"argument --{name.replace('_', '-')}: expected a value")
+        return args
 
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
@@ -1103,7 +1117,10 @@ def ask(scans, question, args, history=(), past=None, decided=lambda decision: {
 
 
 def chat(scans, args):
-    """Questions line by line from standard input. The conversation goes on with the answers of SCANS."""
+    """Questions line by line from standard input. The conversation goes on with the answers of SCANS.
+
+    Turns that the context does not hold are dropped, the oldest first, for the decision and the answer alike.
+    """
     history, past = [], Past()
     while True:
         if sys.stdin.isatty():
@@ -1112,8 +1129,20 @@ def chat(scans, args):
         if not line:
             return
         if line.strip():
+            history = newest(scans, line.strip(), history)
             result = ask(scans, line.strip(), args, history, past)
             history.append((result["prompt"], result["scans"] or ""))
+
+
+def newest(scans, question, history):
+    """The last turns of a chat, so many that a quarter of the context stays free for the answer."""
+    context = scans.model.config.context
+    most = context - min(scans.sampling.max_new_tokens, context // 4)
+    fits = (i for i in range(len(history)) if scans.tokenizer.prompt(question, history[i:]).e < most)
+    dropped = next(fits, len(history))
+    if dropped:
+        say(f"note      the oldest {dropped} of {len(history)} turns dropped: the context is {context} tokens")
+    return history[dropped:]
 
 
 def trace(scans, question, args):
@@ -1201,6 +1230,8 @@ def main():
 
 
 def modes(args):
+    for text in args.prompt or [args.trace] * (args.trace is not None):
+        check_text(text)
     scans = setup(args)
     if args.chat:
         chat(scans, args)
@@ -1216,13 +1247,19 @@ def modes(args):
 
 def run(parser, command):
     """Parse the flags and carry out command(args). What can go wrong becomes one line and an exit status."""
+    sys.stderr, sys.stdin = sys.stderr or open(os.devnull, "w"), sys.stdin or io.StringIO()     # None: closed
+    if sys.stdout is None:
+        fail("standard output is closed")
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout.reconfigure(errors="replace")
         command(parser.parse_args())
         sys.stdout.flush()
     except BrokenPipeError:     # the reader has gone: nothing more to say, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
+        report("", True)
         sys.exit(130)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

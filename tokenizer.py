@@ -166,6 +166,14 @@ class TokenizerJson:
 # Prompts
 
 
+def check_text(text):
+    """ValueError for a prompt that is empty, or that holds half a character, which a shell may pass on."""
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    if text.encode(errors="replace").decode() != text:
+        raise ValueError("the text is not valid UTF-8")
+
+
 class Tokenizer:
     """A folder's tokenizer with one chat format and one system prompt. `file` is the path that was read."""
 
@@ -216,10 +224,9 @@ class Tokenizer:
             if isinstance(part, str):
                 text += part
                 continue
-            try:
-                ids += self.words.encode(text.encode().decode()) if text else []
-            except UnicodeError:  # a str may hold half a character that a shell passed on
-                raise ValueError("the text is not valid UTF-8") from None
+            if text:
+                check_text(text + ".")      # it may be a space: only a question must not be empty
+                ids += self.words.encode(text)
             text = ""
             if part is not None:
                 ids.append(self.words.controls[part.name])
@@ -227,8 +234,7 @@ class Tokenizer:
 
     def prompt(self, question, history=()):
         """The Prompt of a question after finished (question, answer) turns. All contents are stripped."""
-        if not question.strip():
-            raise ValueError("the prompt is empty")
+        check_text(question)
         f, inside = self.format, "{system}" in self.format.turn
         system = self.fill(f.system, s=self.system) if self.system else []
         parts = self.fill(f.begin) + ([] if inside else system)

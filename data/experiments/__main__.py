@@ -18,6 +18,10 @@ failed.
 """
 import contextlib
 import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C during slow imports: no traceback; see scans.run
 
 import torch
 import torch.distributed as dist
@@ -25,7 +29,7 @@ import torch.distributed as dist
 from data.experiments import (figure3_figure5, table2_refusals, table3_capability, table4_speed,
                               tables567_sweep, versus)
 from data.experiments.core import RANK, WORLD
-from scans import Parser, run
+from scans import Parser, run, say
 
 COMMANDS = {  # each has flags(parser) and run(args)
     "eval": table2_refusals, "figures": figure3_figure5, "capability": table3_capability,
@@ -36,16 +40,20 @@ def command(args):
     """One of COMMANDS; memory that does not suffice becomes one line that says what to try."""
     if WORLD > 1 and args.command not in ("eval", "sweep"):
         raise ValueError(f"{args.command} runs in one process; torchrun serves eval and sweep")
+    size, out = getattr(args, "batch_size", 1), getattr(args, "out", None)
+    kept = f"what was done stands in {out}, and the same command goes on from there" if out else ""
     try:
         with contextlib.redirect_stderr(open(os.devnull, "w")) if RANK > 0 else contextlib.nullcontext():
             COMMANDS[args.command].run(args)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        size, out = getattr(args, "batch_size", 1), getattr(args, "out", None)
-        kept = f"; what was done stands in {out}, and the same command goes on from there" if out else ""
         advice = f"--batch-size {size // 2}" if size > 1 else "--dtype bfloat16"
-        raise ValueError(f"out of memory: try {advice}{kept}") from None
+        raise ValueError(f"out of memory: try {advice}{'; ' * bool(out)}{kept}") from None
+    except KeyboardInterrupt:
+        if out:
+            say(f"stopped   {kept}")
+        raise
     if WORLD > 1:
         dist.destroy_process_group()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.experiments.core import RANK, WORLD, batches, progress
-from scans import digest, fingerprint, say, written_whole
+from scans import digest, fingerprint, is_refusal, say, written_whole
 
 try:
     import fcntl
@@ -103,9 +103,11 @@ class Results:
             had, now = dict(record["settings"]), {**want[variant], **item.scores}
             for name in ("prompt", "label", "type"):
                 had[name], now[name] = record[name], getattr(item, name)
+            had["refused"], now["refused"] = record["refused"], {
+                kind: None if record[kind] is None else is_refusal(record[kind]) for kind in BOTH}
             had.update({name: value for name, value in record.items() if name.startswith("score:")})
             for name in now | had:
-                if had.get(name) != now.get(name):
+                if json.dumps(had.get(name)) != json.dumps(now.get(name)):      # to ==, true and 1.0 are one
                     raise ValueError(f"{place} has {name} {had.get(name)!r}, this run {now.get(name)!r}; "
                                      "give another --out")
             done[key] = record

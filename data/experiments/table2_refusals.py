@@ -69,7 +69,7 @@ def summary(records):
                         **defects(texts), "cut_off": cut})
 
     others = dict.fromkeys(key for record in records for key in record if key.startswith("score:"))
-    ours = ("score", "s_q", records[0]["threshold"])
+    ours = ("score", "s_q", records[0]["settings"]["threshold"])
     for key, name, threshold in (ours, *((key, key.removeprefix("score:"), 0.5) for key in others)):
         scored = [record for record in records if key in record]
         harmful = [record["label"] == "unsafe" for record in scored]
