@@ -534,8 +534,8 @@ def check_finite(streams, names):
 CANNOT = (r"(?:cannot|can't|can not|could not|couldn't|will not|won't|"
           r"(?:am|'m) (?:not able|unable|not allowed|not going|not willing) to)")
 HELP = (r"(?:help|assist|aid|support|provide|give|offer|share|tell|teach|explain|discuss|answer|respond|"
-        r"describe|fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|produce|"
-        r"advise|recommend|suggest|encourage|promote|condone|endorse|facilitate)")
+        r"describe|fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|"
+        r"produce|advise|recommend|suggest|encourage|promote|condone|endorse|facilitate)")
 REFUSALS = (    # looked for in the opening of an answer, lower case, with straight quotes
     # I (simply) cannot (in good conscience) help; not: I cannot taste food
     rf"\bi ?(?:\w+ ){{0,2}}{CANNOT} (?!wait )(?:[\w,']+ ){{0,4}}?{HELP}\b",
@@ -664,8 +664,9 @@ def anchor_texts(folder, harmful=None, harmless=None, anchors=None, anchor_seed=
     """
     n = check("anchors", 64 if anchors is None else anchors)
     seed = check("anchor_seed", 0 if anchor_seed is None else anchor_seed)
-    files = [(Path(folder) if (Path(folder) / name).exists() else DATA) / name if named is None else Path(named)
-             for named, name in ((harmful, "harmful.txt"), (harmless, "harmless.txt"))]
+    own = {name: (Path(folder) if (Path(folder) / name).exists() else DATA) / name
+           for name in ("harmful.txt", "harmless.txt")}
+    files = [file if named is None else Path(named) for named, file in zip((harmful, harmless), own.values())]
     texts = [draw_anchors(file, kind, n, seed) for file, kind in zip(files, ("unsafe", "safe"))]
     both = set(texts[0]) & set(texts[1])
     if both:
@@ -1141,7 +1142,7 @@ def newest(scans, question, history):
     fits = (i for i in range(len(history)) if scans.tokenizer.prompt(question, history[i:]).e < most)
     dropped = next(fits, len(history))
     if dropped:
-        say(f"note      the oldest {dropped} of {len(history)} turns dropped: the context is {context} tokens")
+        say(f"note      the oldest {dropped} of {len(history)} turns dropped: the context is {context}")
     return history[dropped:]
 
 

@@ -119,10 +119,11 @@ def test_the_main_job(folder, tmp_path):
 
 
 def test_the_readme_shows_what_is_printed(folder, monkeypatch, tmp_path):
-    """The block behind its --model line: all words, and numbers within 0.002. The path of the vectors is another."""
+    """The block behind its --model line: all words, and numbers within 0.002, but for the paths."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    line, block = re.search(r"^    python scans\.py --model smollm2 (.*)\n\n```\n((?s:.*?))```$", text, re.M).groups()
+    example = r"^    python scans\.py --model smollm2 (.*)\n\n```\n((?s:.*?))```$"
+    line, block = re.search(example, text, re.M).groups()
     done = run("scans.py", "--model", folder, *shlex.split(line))
     parts = []
     for shown in (done.stderr + done.stdout, block):
