@@ -1,4 +1,4 @@
-"""Malformed input of every kind, by seed: each run ends in exit status 0, or in 2 with one line that says why.
+"""Malformed input of every kind, by seed: each run ends in exit status 0, or in 2 with one line of reason.
 
 A case copies a small random model with its vectors, prompts and results, damages one file or one flag, and
 runs a command on it in this process. What is checked of every case:
@@ -42,7 +42,8 @@ PROGRAMS = {"scans.py": scans.main, "experiments": experiments}
 # What a case starts from
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 4,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "vocab_size": 2048,
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False,
     "eos_token_id": 2, "hidden_act": "silu", "rope_scaling": {"type": "linear", "factor": 2.0}}
@@ -91,7 +92,8 @@ def make_whole(folder):
             (model / f"{kind}.txt").write_text("\n".join(lines[:8]))
         made = run("scans.py", ask(folder, name), folder)
         assert made[0] == 0, made
-    (folder / "prompts.csv").write_text("prompt,label,type,score:guard\nWhip it.,safe,a,0.5\nRob it.,unsafe,b,1\n")
+    rows = "prompt,label,type,score:guard", "Whip it.,safe,a,0.5", "Rob it.,unsafe,b,1", ""
+    (folder / "prompts.csv").write_text("\n".join(rows))
     made = run("experiments", evaluate(folder), folder)
     assert made[0] == 0, made
     return folder
@@ -118,7 +120,7 @@ def stop(*_):
 
 
 def run(program, argv, box, stdin="Whip it.\n"):
-    """(exit status or the traceback or "hang", what was said) of a command in this process, in the folder box."""
+    """(exit status, traceback or "hang"; what was said) of a command in this process, in the folder box."""
     said, out = io.StringIO(), io.TextIOWrapper(io.BytesIO(), "utf-8")
     before = sys.argv, sys.stdin, os.getcwd()
     os.chdir(box)
@@ -146,7 +148,8 @@ def run(program, argv, box, stdin="Whip it.\n"):
 # ------------------------------------------------------------------------------------------------------------
 # Damage. Each takes (rng, box) and gives (program, arguments, whether it must be refused)
 
-ODD = [None, True, False, "", "8", "false", "\ud800", "x" * 300, -1, 0, 1, 3, 1.5, 12.0, 1e9, math.inf, -math.inf,
+ODD = [None, True, False, "", "8", "false", "\ud800", "x" * 300, -1, 0, 1, 3, 1.5, 12.0, 1e9, math.inf,
+       -math.inf,
        math.nan, 10**9, 10**400, [], [[2]], ["x"], {}, {"type": "linear"}]
 INTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "vocab_size", "max_position_embeddings")
@@ -167,7 +170,8 @@ def is_wrong(field, value):
     if field in INTS:
         return not is_int(value, 1) or field == "num_hidden_layers" and value != 4
     if field in ("rms_norm_eps", "rope_theta"):
-        return type(value) not in (int, float) or not 0 <= value < 1e13 or value == 0 and field == "rope_theta"
+        below = value == 0 and field == "rope_theta"
+        return type(value) not in (int, float) or not 0 <= value < 1e13 or below
     if field == "tie_word_embeddings":
         return not isinstance(value, bool)
     if field == "architectures":
@@ -199,7 +203,8 @@ def config(rng, box):
 
 
 def rope(rng, box):
-    kind, field = rng.choice(["linear", "llama3", "default"]), rng.choice(["factor", "low_freq_factor", "type"])
+    kind = rng.choice(["linear", "llama3", "default"])
+    field = rng.choice(["factor", "low_freq_factor", "type"])
     some = {"type": kind, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64, "rope_theta": 1e4, field: odd(rng)}
     edit(box / "pieces" / "config.json", lambda c: c.update(rope_scaling=some))
@@ -274,7 +279,8 @@ def weights_header(rng, box):
     entry = header[rng.choice(sorted(header))]
     must = True
     if rng.random() < 0.5:
-        entry["dtype"] = rng.choice(["F64", "F16", "BF16", "I32", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2", 7, "X"])
+        entry["dtype"] = rng.choice(["F64", "F16", "BF16", "I32", "I64", "U8", "BOOL", "F8_E4M3", "F8_E5M2",
+                                     7, "X"])
     else:
         spoil(header, rng)
         must = False    # an entry of metadata may go
@@ -289,7 +295,8 @@ def weights_data(rng, box):
     name = rng.choice([name for name in sorted(tensors) if "layers" in name])
     tensor = tensors.pop(name)
     kind = rng.choice([
-        lambda: {}, lambda: {name: tensor * math.nan}, lambda: {name: tensor * math.inf}, lambda: {name: tensor[:-1]},
+        lambda: {}, lambda: {name: tensor * math.nan}, lambda: {name: tensor * math.inf},
+        lambda: {name: tensor[:-1]},
         lambda: {name: tensor.to(torch.float8_e4m3fn)}, lambda: {name: tensor.double()},
         lambda: {name: tensor.int()}, lambda: {name: tensor[None]}, lambda: {name: tensor, "x": tensor + 1},
         lambda: {name: torch.empty(0)}])
@@ -300,7 +307,8 @@ def weights_data(rng, box):
 def index(rng, box):
     names = list(load_file(box / "pieces" / "model.safetensors"))
     shards = dict.fromkeys(names, "model.safetensors")
-    value = rng.choice([odd(rng), {**shards, rng.choice(names): odd(rng)}, [names], {**shards, "x": "../pieces"}])
+    value = rng.choice([odd(rng), {**shards, rng.choice(names): odd(rng)}, [names],
+                        {**shards, "x": "../pieces"}])
     (box / "pieces" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": value}))
     return "scans.py", ask(box), True
 
@@ -363,17 +371,20 @@ def vectors_header(rng, box):
 def foreign(rng, box):
     """A file that is none of ours, as vectors to be made again or as results. It must not be written over."""
     path = box / "precious.txt"
-    if rng.random() < 0.1:      # a pipe stands for device nodes: a wrong program run by root would replace those
+    if rng.random() < 0.1:      # a pipe stands for devices: a wrong program run by root would replace those
         os.mkfifo(path)
     else:
-        path.write_bytes(rng.choice([b"precious", b"precious\n", b"{}\n", b"[1]", b'{"variant": 1}\n', b"\xff\xfe", b"\0" * 99,
-                                 (box / "prompts.csv").read_bytes(), (box / "pieces" / "model.safetensors").read_bytes()]))
+        path.write_bytes(rng.choice([b"precious", b"precious\n", b"{}\n", b"[1]", b'{"variant": 1}\n',
+                                     b"\xff\xfe", b"\0" * 99,
+                                 (box / "prompts.csv").read_bytes(),
+                                 (box / "pieces" / "model.safetensors").read_bytes()]))
     if rng.random() < 0.5:
         return "scans.py", ask(box, "pieces", "--vectors", path), True
     return "experiments", evaluate(box, "--out", path), True
 
 
-RECORD = ("variant", "file", "row", "type", "label", "prompt", "score", "threshold", "sigma", "default", "scans",
+RECORD = ("variant", "file", "row", "type", "label", "prompt", "score", "threshold", "sigma", "default",
+          "scans",
           "refused", "stopped", "settings", "score:guard")
 
 
@@ -402,7 +413,8 @@ def results_bytes(rng, box):
     return "experiments", evaluate(box), False
 
 
-CELLS = ["Whip it.", "", '"', "\ud800", "\x1b[2J", "a,b", "\0", "x" * 200000, "safe", "unsafe", "True", "maybe",
+CELLS = ["Whip it.", "", '"', "\ud800", "\x1b[2J", "a,b", "\0", "x" * 200000, "safe", "unsafe", "True",
+         "maybe",
          "contrast_x", "</s>", "<<SYS>>", "{q}", "\u2028", "\ufeff", 3, None, ["x"], {"a": 1}, True, math.nan]
 COLUMNS = ["prompt", "goal", "label", "type", "focus", "score:a", "text", "", "prompt"]
 SUFFIXES = {".txt", ".csv", ".tsv", ".json", ".jsonl"}
@@ -417,29 +429,47 @@ def prompts(rng, box):
     value = rng.choice([rows, [row[0] for row in cells], odd(rng), [odd(rng)]])
     mark = "\t" if suffix == ".tsv" else ","
     table = "\n".join(mark.join(str(cell) for cell in row) for row in [columns, *cells])
-    text = rng.choice([json.dumps(value), "\n".join(map(json.dumps, rows)), table, "\n".join(table.split(mark))])
+    text = rng.choice([json.dumps(value), "\n".join(map(json.dumps, rows)), table,
+                       "\n".join(table.split(mark))])
     data = text.encode(errors="surrogatepass")
     path.write_bytes(damage(data, rng) if rng.random() < 0.3 else data)
     must = suffix.lower() not in SUFFIXES
     if rng.random() < 0.3:
         return "scans.py", ask(box, "pieces", rng.choice(["--harmful", "--harmless"]), path), must
     name = rng.choice(["", "safe:", "unsafe:"]) + str(path)
-    return "experiments", evaluate(box, "--out", box / "new.jsonl", "--batch-size", 4)[:1] + [name] + evaluate(
+    command = evaluate(box, "--out", box / "new.jsonl", "--batch-size", 4)[:1]
+    return "experiments", command + [name] + evaluate(
         box, "--out", box / "new.jsonl")[2:], must
 
 
-TEXTS = ["", "-1", "0", "1", "2.5", "nan", "inf", "-inf", "1e-40", "1e-46", "1e400", "9" * 400, "--", "-", "x", "\u0663",
-         "0x10", " 1", "\udcff", "1e-7", "true", "None", "0-3", "3-1", "0-999", "1,,2", "-1-2", "1-2-3", "{s}",
-         "/", ".", "meta", "cuda:99", "cpu:7", "cpu", "llama-2", "vicuna", "zephyr", "float16", "bfloat16", "\n", "a\nb"]
-FLAGS = ("model", "format", "system", "device", "dtype", "vectors", "harmful", "harmless", "anchors", "anchor-seed",
-         "alpha", "threshold", "sigma", "steer-layers", "classify-layers", "max-new-tokens", "repetition-penalty",
+TEXTS = ["", "-1", "0", "1", "2.5", "nan", "inf", "-inf", "1e-40", "1e-46", "1e400", "9" * 400, "--", "-",
+         "x", "\u0663",
+         "0x10", " 1", "\udcff", "1e-7", "true", "None", "0-3", "3-1", "0-999", "1,,2", "-1-2", "1-2-3",
+         "{s}",
+         "/", ".", "meta", "cuda:99", "cpu:7", "cpu", "llama-2", "vicuna", "zephyr", "float16", "bfloat16",
+         "\n", "a\nb"]
+FLAGS = ("model", "format", "system", "device", "dtype", "vectors", "harmful", "harmless", "anchors",
+         "anchor-seed",
+         "alpha", "threshold", "sigma", "steer-layers", "classify-layers", "max-new-tokens",
+         "repetition-penalty",
          "temperature", "top-p", "top-k", "seed", "prompt", "trace", "chat", "analyze", "json", "nonsense")
 WRONG_FLAGS = {
-    "temperature": ["-1", "nan", "inf", "x", "1e400"], "top-p": ["0", "1e-46", "nan", "2.5"], "alpha": ["-1", "nan", "inf", "x"],
-    "anchors": ["0", "1", "2.5", "9" * 400], "top-k": ["-1", "2.5", "9" * 400], "seed": ["-1", "9" * 400, "x"],
-    "device": ["meta", "x", "cuda:99", ""], "sigma": ["2.5", "9" * 400, "true"], "steer-layers": ["3-1", "0-999", "", "x"],
-    "max-new-tokens": ["-1", "9" * 400, "1e400"], "format": ["x", ""], "model": ["", "x", "/dev/null"], "prompt": ["", "\n", "\udcff"],
-    "threshold": ["nan", "inf", "9" * 400], "repetition-penalty": ["0", "nan", "1e-46"], "vectors": ["/", "."],
+    "temperature": ["-1", "nan", "inf", "x", "1e400"],
+    "top-p": ["0", "1e-46", "nan", "2.5"],
+    "alpha": ["-1", "nan", "inf", "x"],
+    "anchors": ["0", "1", "2.5", "9" * 400],
+    "top-k": ["-1", "2.5", "9" * 400],
+    "seed": ["-1", "9" * 400, "x"],
+    "device": ["meta", "x", "cuda:99", ""],
+    "sigma": ["2.5", "9" * 400, "true"],
+    "steer-layers": ["3-1", "0-999", "", "x"],
+    "max-new-tokens": ["-1", "9" * 400, "1e400"],
+    "format": ["x", ""],
+    "model": ["", "x", "/dev/null"],
+    "prompt": ["", "\n", "\udcff"],
+    "threshold": ["nan", "inf", "9" * 400],
+    "repetition-penalty": ["0", "nan", "1e-46"],
+    "vectors": ["/", "."],
     "harmful": ["/dev/null", "/", "", "x"]}
 
 
@@ -460,15 +490,16 @@ def wrong_flags(rng, box):
 def experiment_flags(rng, box):
     flag = rng.choice(["batch-size", "trials", "out", "limit", "values", "plot", *FLAGS])
     command = rng.choice([
-        evaluate(box)[:-2], ["figures", *evaluate(box)[1:-2]], ["capability", "--text", box / "prompts.csv", *evaluate(box)[2:-2]],
+        evaluate(box)[:-2], ["figures", *evaluate(box)[1:-2]],
+        ["capability", "--text", box / "prompts.csv", *evaluate(box)[2:-2]],
         ["sweep", rng.choice(["alpha", "threshold", "layers", "random", "anchors"]), *evaluate(box)[1:-2]]])
     text = rng.choice(TEXTS)
     return "experiments", [*command, f"--{flag}={text}"], False
 
 
-DAMAGES = [config, config, rope, generation, tokenizer_config, tokenizer_json, any_bytes, any_bytes, weights_header,
-           weights_data, index, pickles, vectors_data, vectors_bytes, vectors_header, foreign, results, results,
-           results_bytes, prompts, prompts, flags, flags, wrong_flags, experiment_flags]
+DAMAGES = [config, config, rope, generation, tokenizer_config, tokenizer_json, any_bytes, any_bytes,
+           weights_header, weights_data, index, pickles, vectors_data, vectors_bytes, vectors_header, foreign,
+           results, results, results_bytes, prompts, prompts, flags, flags, wrong_flags, experiment_flags]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -476,7 +507,8 @@ DAMAGES = [config, config, rope, generation, tokenizer_config, tokenizer_json, a
 
 
 def contents(box):
-    return {str(path.relative_to(box)): path.read_bytes() for path in sorted(box.rglob("*")) if path.is_file()}
+    files = (path for path in sorted(box.rglob("*")) if path.is_file())
+    return {str(path.relative_to(box)): path.read_bytes() for path in files}
 
 
 def fault(seed, whole, box):
