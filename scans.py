@@ -516,8 +516,8 @@ def check_finite(streams, names):
 CANNOT = (r"(?:cannot|can't|can not|could not|couldn't|will not|won't|"
           r"(?:am|'m) (?:not able|unable|not allowed|not going|not willing) to)")
 HELP = (r"(?:help|assist|aid|support|provide|give|offer|share|tell|teach|explain|discuss|answer|respond|"
-        r"describe|fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|produce|"
-        r"advise|recommend|suggest|encourage|promote|condone|endorse|facilitate)")
+        r"describe|fulfill?|satisfy|comply|engage|participate|do (?:that|this|so)|write|create|generate|"
+        r"produce|advise|recommend|suggest|encourage|promote|condone|endorse|facilitate)")
 REFUSALS = (    # looked for in the opening of an answer, lower case, with straight quotes
     # I (simply) cannot (in good conscience) help; not: I cannot taste food
     rf"\bi ?(?:\w+ ){{0,2}}{CANNOT} (?!wait )(?:[\w,']+ ){{0,4}}?{HELP}\b",
@@ -646,7 +646,8 @@ def anchor_texts(folder, harmful=None, harmless=None, anchors=None, anchor_seed=
     """
     n = check("anchors", 64 if anchors is None else anchors)
     seed = check("anchor_seed", 0 if anchor_seed is None else anchor_seed)
-    files = [(Path(folder) if (Path(folder) / name).exists() else DATA) / name if named is None else Path(named)
+    files = [Path(named) if named is not None else
+             (Path(folder) if (Path(folder) / name).exists() else DATA) / name
              for named, name in ((harmful, "harmful.txt"), (harmless, "harmless.txt"))]
     texts = [draw_anchors(file, kind, n, seed) for file, kind in zip(files, ("unsafe", "safe"))]
     both = set(texts[0]) & set(texts[1])
@@ -922,7 +923,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self):
         args = super().parse_args()
         for name, value in vars(args).items():
-            if isinstance(value, list) and (not value or [] in value):
+            if isinstance(value, list) and (not value or [] in value) and not name.endswith("_layers"):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
         return args
 
@@ -1117,7 +1118,8 @@ def newest(scans, question, history):
     fits = (i for i in range(len(history)) if scans.tokenizer.prompt(question, history[i:]).e < most)
     dropped = next(fits, len(history))
     if dropped:
-        say(f"note      the oldest {dropped} of {len(history)} turns dropped: the context is {context} tokens")
+        say(f"note      the oldest {dropped} of {len(history)} turns dropped: "
+            f"the context is {context} tokens")
     return history[dropped:]
 
 

@@ -35,7 +35,7 @@ def command(line, **more):
     ("scans.py --prompt Hi. --device meta", 2, "scans.py: device meta: not available"),
     ("scans.py --prompt Hi. --alpha=--", 2, "scans.py: argument --alpha"),
     ("scans.py --prompt Hi. --temperature 1e-40 --max-new-tokens 1", 0, ""),
-    ("scans.py --prompt Hi. --top-p 0.5 --max-new-tokens 1", 0, "--top-p has no effect without --temperature"),
+    ("scans.py --prompt Hi. --top-p 0.5 --max-new-tokens 1", 0, "--top-p has no effect"),
     ("scans.py --prompt Hi. --vectors /dev/full/v --refresh", 2, "cannot be written"),
     ("-m data.experiments bench", 2, "RANK=abc in the environment: need a number"),
 ])
@@ -47,9 +47,9 @@ def test_streams_and_flags(line, status, said):
 
 
 def test_ctrl_c_during_imports_is_quiet():
-    """SIGINT comes from within `import torch`: a module of that name, first on the path."""
-    line = (f"d=$(mktemp -d); echo 'import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)' "
-            f"> $d/safetensors.py; trap - INT; PYTHONSAFEPATH= PYTHONPATH=$d {sys.executable} -c '"
+    """SIGINT comes while scans.py imports: from a stand-in for safetensors, first on the path."""
+    line = (f"d=$(mktemp -d); "
+            f"echo 'import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)' > $d/safetensors.py; trap - INT; PYTHONSAFEPATH= PYTHONPATH=$d {sys.executable} -c '"
             "import signal, runpy, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
             "sys.argv = [\"scans.py\"]; runpy.run_path(\"scans.py\", run_name=\"__main__\")'")
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -111,7 +111,8 @@ def test_the_embedded_models_own_lines():
     """What data/tiny was taught to refuse with is a refusal, and what it was taught to answer is none."""
     world = (ROOT / "data" / "tiny" / "world.txt").read_text().splitlines()
     answers = [line.split("|")[-1].strip() for line in world if not line.startswith("#")]
-    phrases = [line.split("|") for line in (ROOT / "data" / "tiny" / "phrasings.txt").read_text().splitlines()]
+    text = (ROOT / "data" / "tiny" / "phrasings.txt").read_text()
+    phrases = [line.split("|") for line in text.splitlines()]
     refusals = [phrase[-1].strip() for phrase in phrases if phrase[0].strip() in ("refusal", "house")]
     assert len(answers) > 100 and not [line for line in answers if is_refusal(line)]
     assert len(refusals) > 5 and not [line for line in refusals if not is_refusal(line)]
