@@ -664,9 +664,9 @@ def anchor_texts(folder, harmful=None, harmless=None, anchors=None, anchor_seed=
     """
     n = check("anchors", 64 if anchors is None else anchors)
     seed = check("anchor_seed", 0 if anchor_seed is None else anchor_seed)
-    own = {name: (Path(folder) if (Path(folder) / name).exists() else DATA) / name
-           for name in ("harmful.txt", "harmless.txt")}
-    files = [file if named is None else Path(named) for named, file in zip((harmful, harmless), own.values())]
+    files = [Path(named) if named is not None else
+             (Path(folder) if (Path(folder) / name).exists() else DATA) / name
+             for named, name in ((harmful, "harmful.txt"), (harmless, "harmless.txt"))]
     texts = [draw_anchors(file, kind, n, seed) for file, kind in zip(files, ("unsafe", "safe"))]
     both = set(texts[0]) & set(texts[1])
     if both:
@@ -945,7 +945,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self):
         args = super().parse_args()
         for name, value in vars(args).items():
-            if isinstance(value, list) and (not value or [] in value):
+            if isinstance(value, list) and (not value or [] in value) and not name.endswith("_layers"):
                 self.error(f"argument --{name.replace('_', '-')}: expected a value")
         return args
 
