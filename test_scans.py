@@ -1230,7 +1230,9 @@ def test_analyze(command, harmless_alone):
         best = scans.show_layers(found["best"])
         assert names[best]["auroc"] == max(row["auroc"] for row in found["ranges"])
         out = command("--analyze", *flags)[1]
-        assert out.splitlines()[-1] == f"best by AUROC: {best}"
+        ties = sum(row["auroc"] == names[best]["auroc"] for row in found["ranges"]) - 1
+        more = f" ({ties} more are as good)" if ties else ""
+        assert out.splitlines()[-1] == f"best by AUROC: {best}{more}"
         assert out.count(" as set ") == 1 and "\n4-11 as set " in out
         for name, row in names.items():
             numbers = rf"{row['auroc']:.3f} +{row['threshold']:.4f} +{row['above']}"
@@ -1575,6 +1577,7 @@ def shape_table():
         (scans.extract, [model, harmful, harmless], re.findall(SHAPE, inspect.getsource(scans.Vectors))),
         (scans.principal_component, ["(layers, D)"], ["(D)"]),
         (scans.top_tokens, [model, tokenizer, "(n, D)"], []),
+        (scans.segment_words, [model, tokenizer, "(L, D)"], []),
         (scans.cosines, ["(B, L, D)", "(L, D)"], ["(B, L)"]),
         (scans.score, ["(B, L)", [0, 2]], ["(B)"]),
         (scans.steering_direction, ["(B)", 0.5], ["(B)"]),
