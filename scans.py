@@ -1071,9 +1071,11 @@ def report(line, last):
         print(f"\r\x1b[K{'' if last else line}", end="", file=sys.stderr, flush=True)
 
 
-def fail(message, status=2):
-    say(f"{Path(sys.argv[0]).name}: {message}")
-    sys.exit(status)
+def fail(message):
+    """One line with the name of the program, or of its folder where that is run with -m. Exit status 2."""
+    path = Path(sys.argv[0])
+    say(f"{path.parent.name if path.name == '__main__.py' else path.name}: {message}")
+    sys.exit(2)
 
 
 def explain(decision, T):

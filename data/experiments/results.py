@@ -123,8 +123,13 @@ class Results:
     def add(self, records):
         """Records at the end of this process's file."""
         if self.path:
-            with open(self.path if RANK == 0 else f"{self.path}.part{RANK}", "ab") as file:
-                file.write(as_lines(records))
+            path = self.path if RANK == 0 else f"{self.path}.part{RANK}"
+            try:
+                with open(path, "ab") as file:
+                    file.write(as_lines(records))
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be written ({error.strerror}); what was done stands there, "
+                                 "and the same command goes on from it") from None
 
     def finish(self, records):
         """The whole file anew; then its parts go."""
