@@ -233,7 +233,7 @@ class Scans:
         sampling: None for greedy, with the model's repetition penalty. meta: metadata of the vectors file."""
         self.model, self.tokenizer, self.vectors, self.settings = model, tokenizer, vectors, settings
         self.sigma = sigma if sigma is None else check("sigma", sigma)
-        self.sampling = sampling or Sampling(repetition_penalty=settings.table.repetition_penalty)
+        self.sampling = sampling or settings.sampling({})
         self.meta = meta
         self.v_r, self.d_harm = vectors.v_r.to(model.embed.device), vectors.d_harm
 
@@ -249,8 +249,7 @@ class Scans:
         model, tokenizer = open_model(folder, device, dtype, format, system)
         vectors, _, meta = find_vectors(folder, model, tokenizer, **anchors)
         chosen = settings(vectors, tokenizer.name, alpha, threshold, steer_layers, classify_layers)
-        sampling = Sampling(**{"repetition_penalty": chosen.table.repetition_penalty, **(sampling or {})})
-        return cls(model, tokenizer, vectors, chosen, sigma, sampling, meta)
+        return cls(model, tokenizer, vectors, chosen, sigma, chosen.sampling(sampling or {}), meta)
 
     def answer(self, questions, default=True, history=(), past=None, show=lambda *new: None):
         """Decide on each question, then answer it; see `decide` and `decode`."""
@@ -446,6 +445,10 @@ class Settings:
     above: int                  # harmless anchors with a score of T or more
     doubt: str | None           # why the decision cannot be trusted, by the anchors' own scores
 
+    def sampling(self, given):
+        """llama.Sampling of the fields that are given, with the repetition penalty of the table."""
+        return Sampling(**{"repetition_penalty": self.table.repetition_penalty, **given})
+
 
 def settings(vectors, format, alpha=None, T=None, steer=None, classify=None):
     """Settings from the vectors and the chat format. Arguments that are not None go before the table.
@@ -476,12 +479,19 @@ def doubt(harmful, harmless):
     A T estimated from anchors that overlap lies below most harmless queries, which SCANS then steers towards
     refusal: worse than nothing. A model that was never aligned to refuse is the usual reason.
     """
-    above, area = (harmless >= estimate_threshold(harmful)).float().mean(), auroc(harmful, harmless)
-    if above <= MOST_ABOVE and area >= LEAST_AUROC:
+    _, above, area = separation(harmful, harmless)
+    share = above / len(harmless)
+    if share <= MOST_ABOVE and area >= LEAST_AUROC:
         return None
-    return (f"s_q does not tell harm here: {above:.0%} of the harmless anchors reach an estimated T, "
+    return (f"s_q does not tell harm here: {share:.0%} of the harmless anchors reach an estimated T, "
             f"AUROC {area:.3f}; harmless queries would be steered towards refusal; try other anchors, or "
             "--classify-layers (--analyze compares some); or this model is not aligned to refuse")
+
+
+def separation(harmful, harmless):
+    """How the anchors' scores part, (n) and (m): the estimated T, harmless ones that reach it, the AUROC."""
+    T = estimate_threshold(harmful)
+    return T, int((harmless >= T).sum()), auroc(harmful, harmless)
 
 
 def auroc(positive, negative):
@@ -761,6 +771,8 @@ def load_vectors(path):
     path, advice = Path(path), ""
     try:
         advice = "; --refresh makes it again" if is_ours(path) else ""
+        if path.exists() and not path.is_file():    # a pipe would wait for ever
+            raise ValueError("no regular file")
         with safe_open(path, "pt") as file:
             meta, names = file.metadata() or {}, list(file.keys())
             tensors = {name: file.get_tensor(name) for name in names}
@@ -836,8 +848,6 @@ def find_vectors(folder, model, tokenizer, *, vectors=None, refresh=False, harmf
         path = Path(folder) / "vectors.safetensors"
         if not path.exists() or not serves(path, want, refresh):
             path = cache_folder() / f"{digest(json.dumps(want))}.safetensors"
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: is no regular file, and is not written over")
     if path.exists() and not refresh:
         found, meta = load_vectors(path)
         check_meta(path, meta, want)
@@ -1047,7 +1057,7 @@ def setup(args):
             f"{math.floor(QUANTILE * n)}: it was tuned with others; try --threshold {estimate:.4f}")
     if chosen.doubt:
         say(f"warning   {chosen.doubt}")
-    sampling = Sampling(**{"repetition_penalty": chosen.table.repetition_penalty, **sampling})
+    sampling = chosen.sampling(sampling)
     if sampling.temperature:
         say(f"sampling  {sampling}")
     return Scans(model, tokenizer, vectors, chosen, args.sigma, sampling, meta)
@@ -1180,7 +1190,10 @@ def analyze(scans, args):
     rows = [{"layer": l, "v_norm": float(vectors.v_norm[l]), "a_norm": float(vectors.a_norm[l]),
              "auroc": auroc(vectors.cos_harmful[:, l], vectors.cos_harmless[:, l]),
              "top_tokens": by_layer[l]} for l in range(L)]
-    ranges = [separation(vectors, layers) for layers in candidates(L)]
+    ranges = []
+    for layers in candidates(L):
+        T, above, area = separation(score(vectors.cos_harmful, layers), score(vectors.cos_harmless, layers))
+        ranges.append({"classify_layers": layers, "auroc": area, "threshold": T, "above": above})
     set_now = scans.settings.classify
     best = max(ranges, key=lambda row: (row["auroc"], -row["above"], row["classify_layers"] == set_now))
     if args.json:
@@ -1207,14 +1220,6 @@ def candidates(L):
     """Ranges of layers that may classify: every run of whole segments."""
     parts = [list(layers) for layers in segments(L).values() if layers]
     return [sum(parts[i:j], []) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
-
-
-def separation(vectors, layers):
-    """How far the anchors' scores over some layers part harmful from harmless."""
-    harmful, harmless = score(vectors.cos_harmful, layers), score(vectors.cos_harmless, layers)
-    T = estimate_threshold(harmful)
-    return {"classify_layers": layers, "auroc": auroc(harmful, harmless), "threshold": T,
-            "above": int((harmless >= T).sum())}
 
 
 def main():

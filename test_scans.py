@@ -1584,6 +1584,7 @@ def shape_table():
         (scans.estimate_threshold, ["(n)"], []),
         (scans.steering, ["(L, D)", "(B)", [1, 2]], ["(B, L, D)"]),
         (scans.doubt, ["(n)", "(m)"], []),
+        (scans.separation, ["(n)", "(m)"], []),
         (scans.check_finite, ["(B, L, ...)", questions], []),
         (scans.check_vectors, [same, meta], []),
         (Scans.run_once, [s, prompts("B")], ["(B, L, 2, D)"]),

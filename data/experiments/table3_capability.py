@@ -89,10 +89,10 @@ def perplexity(scans, path, limit, names=BOTH):
     reader = changed(scans, sampling=dataclasses.replace(scans.sampling, max_new_tokens=half))
     loss, tokens, harmful = dict.fromkeys(names, 0.0), 0, 0
     with progress(len(starts), "windows") as bar:
-        for start in starts:
-            decision = reader.decide([scans.tokenizer.decode(ids[start:start + half])])
+        for first in starts:
+            decision = reader.decide([scans.tokenizer.decode(ids[first:first + half])])
             prompt = decision.prompts[0]
-            answer = ids[start + half:start + 2 * half]
+            answer = ids[first + half:first + 2 * half]
             answer = answer[:window - prompt.p - 1]  # encoded again, a query may have grown by a token
             for name in names:
                 logits, = from_p(scans, decision, [[prompt.ids[prompt.p], *answer[:-1]]], name)     # (T, V)

@@ -18,8 +18,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from data.golden import port_numpy
-from data.golden.compare import (ANCHORS, DECISION, FORWARD, GOLDEN, Comparison, difference, read,
-                                 sample, walk)
+from data.golden.compare import ANCHORS, DECISION, FORWARD, GOLDEN, Comparison, difference, read, sample
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "tiny"
