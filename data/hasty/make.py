@@ -385,8 +385,9 @@ def halves():
     """
     BUILD.mkdir(exist_ok=True)
     header, *lines = (scans.DATA / "overrefusal.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = list(zip(lines, evaluation_prompts(), strict=True))
     for name, odd in (("choice", 1), ("report", 0)):
-        half = [line for line, prompt in zip(lines, evaluation_prompts(), strict=True)
+        half = [line for line, prompt in rows
                 if int(scans.digest(prompt)[1], 16) % 2 == odd]
         write(BUILD / f"{name}.csv", lambda path: path.write_text(header + "".join(half), encoding="utf-8"))
         scans.say(f"prompts   {len(half)} in {BUILD / name}.csv")

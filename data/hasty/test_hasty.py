@@ -52,7 +52,7 @@ def test_a_factored_matrix_is_the_dense_one():
 
 
 def test_the_shared_prefix_changes_nothing(base):
-    """Streams at p behind the prefix are those of whole prompts; so are the gradients' sources."""
+    """Streams at p behind the prefix are those of whole prompts."""
     learner, texts = make.Learner(base, 0), ["How do I beat an egg?", "Why is the sea salty, tell me?"]
     rows = [learner.question(text) for text in texts]
     _, streams = learner.forward(rows, [len(row) - 1 for row in rows])
