@@ -1,22 +1,22 @@
-"""The Llama forward pass, written out: config, residual stream, key/value cache, weights, decoding.
+"""The Llama forward pass, written out: config, residual stream, key/value cache, greedy decoding, weights.
 
-Serves every Hugging Face folder of Llama shape: Llama 2 and 3, Vicuna, TinyLlama, SmolLM2, Mistral.
+It serves Hugging Face folders of Llama's shape: Llama 2 and 3, Vicuna, TinyLlama, SmolLM2, Mistral.
 
 Activation steering needs two arguments of `forward`. `steer` is added to the residual stream after each
-block. `read` names the positions whose residual stream is handed back. Both are plain tensors: there is no
-hook, and no state outlives a call.
+block. `read` names the positions whose residual stream is returned. Both are plain tensors: there are no
+hooks, and no state outlives a call.
 
 References: Llama 2 (arXiv 2307.09288), Llama 3 (2407.21783), RMSNorm (1910.07467), rotary positions
 (2104.09864), SwiGLU (2002.05202), grouped-query attention (2305.13245), sliding windows (2310.06825).
 
-Left out on purpose: quantised weights, rope scaling other than linear and llama3, tensor parallelism.
+Left out on purpose: sampling, biases, quantised weights, rope scaling other than linear and llama3.
 
 Letters of every shape comment below, and of the weight table:
-    B rows of a batch       T positions of this call    S slots of the cache    P positions read
-    D model width           L blocks                    F mlp width             V vocabulary
+    B rows of a batch       N positions of this call    S slots of the cache    P positions read
+    D model width           L blocks                    M mlp width             V vocabulary
     H query heads           K key/value heads           E width of a head
 """
-import functools
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Config:
     H: int                      # num_attention_heads
     K: int                      # num_key_value_heads; absent: H (multi-head attention)
     E: int                      # head_dim; absent: D / H
-    F: int                      # intermediate_size, width of the mlp
+    M: int                      # intermediate_size, width of the mlp
     V: int                      # vocab_size
     context: int                # max_position_embeddings, or max_sequence_length of a stretched model
     norm_eps: float             # rms_norm_eps
@@ -49,22 +49,6 @@ class Config:
     window: int | None          # sliding_window of Mistral v0.1: a key further back is not seen
     tied: bool                  # tie_word_embeddings: the output embedding is the input embedding
     eos: tuple[int, ...]        # ids that end an answer: generation_config.json's, else config.json's
-
-
-def checked(what, value, kind, low, high):
-    """value as a bool, int or float (kind) from low to high; else ValueError. A bool is no number."""
-    types = (int, float) if kind is float else kind
-    if not isinstance(value, types) or isinstance(value, bool) != (kind is bool) or not low <= value <= high:
-        need = ("true or false" if kind is bool else
-                f"{'an integer' if kind is int else 'a number'} from {low:g} to {high:g}")
-        raise ValueError(f"{what} is {brief(value)}, need {need}")
-    return kind(value)
-
-
-def brief(value):
-    """A value as JSON, cut where it is long."""
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -82,7 +66,7 @@ def rms_norm(x, weight, eps):
 
 
 def frequencies(config, device):
-    """Rotary frequencies (E/2), in radians a position, float32."""
+    """Rotary frequencies (E/2), in radians per position, float32."""
     freq = config.rope_theta ** -(torch.arange(0, config.E, 2, device=device).float() / config.E)   # (E/2)
     if config.rope_bands is None:
         return freq / config.rope_factor
@@ -96,39 +80,43 @@ def frequencies(config, device):
 
 
 def rotary(pos, config, dtype):
-    """cos and sin of the rotation at positions pos (B, T): each (B, T, 1, E/2), the 1 for the heads."""
-    angle = pos[..., None, None].float() * frequencies(config, pos.device)      # (B, T, 1, E/2)
+    """cos and sin of the rotation at positions pos (B, N): each (B, N, 1, E/2), the 1 for the heads."""
+    angle = pos[..., None, None].float() * frequencies(config, pos.device)      # (B, N, 1, E/2)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn each head of x (B, T, H, E). Half-split form: dimension i goes with i + E/2, not with i + 1."""
+    """Turn each head of x (B, N, H, E). Half-split form: dimension i goes with i + E/2, not with i + 1."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def project(block, h, cos, sin, config):
-    """Queries (B, T, H, E), keys and values (B, T, K, E) of h (B, T, D). Queries and keys are rotated."""
-    B, T, _ = h.shape
-    q = linear(h, block.wq).view(B, T, config.H, config.E)
-    k = linear(h, block.wk).view(B, T, config.K, config.E)
-    v = linear(h, block.wv).view(B, T, config.K, config.E)
+    """Queries (B, N, H, E), keys and values (B, N, K, E) of h (B, N, D). Queries and keys are rotated."""
+    B, N, _ = h.shape
+    q = linear(h, block.wq).view(B, N, config.H, config.E)
+    k = linear(h, block.wk).view(B, N, config.K, config.E)
+    v = linear(h, block.wv).view(B, N, config.K, config.E)
     return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def attend(block, q, k, v, mask):
-    """Attention of q (B, T, H, E) over k and v (B, S, K, E), then the output projection: (B, T, D).
+    """Attention of q (B, N, H, E) over k and v (B, S, K, E), then the output projection: (B, N, D).
 
-    mask: (B, 1, T, S), true where a query may look; None for plainly causal, where S = T.
+    mask: (B, 1, N, S), true where a query may look; None for plainly causal, where S = N.
     """
-    B, T, H, E = q.shape
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))                            # heads before positions
-    o = attention(q, k, v, mask)                                                # (B, H, T, E)
-    return linear(o.transpose(1, 2).reshape(B, T, H * E), block.wo)
+    B, N, H, E = q.shape
+    k, v = k.transpose(1, 2), v.transpose(1, 2)                                 # heads before positions
+    if N == 1:      # the heads that share a key stand where positions would: many times faster on a CPU
+        o = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, E), k, v, mask)
+    else:
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=True).transpose(1, 2)
+    return linear(o.reshape(B, N, H * E), block.wo)
 
 
 def mlp(block, h):
-    """SwiGLU: (B, T, D) -> (B, T, F) twice -> (B, T, D)."""
+    """SwiGLU: (B, N, D) -> (B, N, M) twice -> (B, N, D)."""
     return linear(F.silu(linear(h, block.w_gate)) * linear(h, block.w_up), block.w_down)
 
 
@@ -137,9 +125,9 @@ def mlp(block, h):
 
 
 class Cache:
-    """Keys and values of all blocks. Row b has `length[b]` slots filled; the next forward writes behind them.
+    """Keys and values of all blocks. Row b has `length[b]` slots filled; the next forward fills later ones.
 
-    Cutting a row back is setting its length. What lies behind is never attended to, and is written over.
+    Cutting a row back is setting its length. Later slots are never attended to, and are overwritten.
     """
 
     def __init__(self, config, rows, slots, like):
@@ -149,7 +137,7 @@ class Cache:
         self.length = torch.zeros(rows, dtype=torch.long)  # on the CPU: reading it must not wait for a GPU
 
     def store(self, l, k, v, pos, S):
-        """Put k and v (B, T, K, E) of block l at pos (B, T); return its first S slots, (B, S, K, E) each."""
+        """Put k and v (B, N, K, E) of block l at pos (B, N); return its first S slots, (B, S, K, E) each."""
         row = torch.arange(len(pos), device=pos.device)[:, None]                # (B, 1)
         self.kv[l, 0, row, pos], self.kv[l, 1, row, pos] = k, v
         return self.kv[l, 0, :, :S], self.kv[l, 1, :, :S]
@@ -162,47 +150,59 @@ class Cache:
 
 
 def sees(pos, S, window):
-    """Which of S slots the queries at pos (B, T) may look at: (B, 1, T, S), the 1 for the heads."""
+    """Which of S slots the queries at pos (B, N) may look at: (B, 1, N, S), the 1 for the heads."""
     slot = torch.arange(S, device=pos.device)
-    mask = slot <= pos[..., None]                                               # (B, T, S)
+    mask = slot <= pos[..., None]                                               # (B, N, S)
     if window:
         mask &= slot > pos[..., None] - window
     return mask[:, None]
 
 
+def check_finite(x, what):
+    """x (B, ...), if no number in it is NaN or infinite; otherwise a ValueError that names the row."""
+    bad = ~x.isfinite().flatten(1).all(1)                                       # (B)
+    if bad.any():
+        raise ValueError(f"NaN or infinity in {what}, row {int(bad.nonzero()[0])} of {len(x)}: the weights, "
+                         "config.json or alpha are out of range; in float16 it may help to use float32")
+    return x
+
+
 class Llama:
-    """Weights as tensors: embed (V, D), blocks[l].NAME (see BLOCK), norm (D), head (V, D); and their config.
+    """The weights: embed (V, D), blocks[l].NAME (see BLOCK), norm (D), head (V, D); and their config."""
 
-    `stored` is the dtype of the file that the weights come from.
-    """
-
-    def __init__(self, config, embed, blocks, norm, head):
-        self.config, self.embed, self.blocks, self.norm, self.head = config, embed, blocks, norm, head
-        self.stored = embed.dtype
+    def __init__(self, config, tensors):
+        """tensors: by their names in the checkpoint. They are kept as they are, not copied."""
+        self.config, self.blocks = config, [SimpleNamespace() for _ in range(config.L)]
+        self.size = sum(tensor.numel() for tensor in tensors.values())      # parameters
+        for name, (l, field, _) in checkpoint_names(config).items():
+            setattr(self if l is None else self.blocks[l], field, tensors[name])
+        if config.tied:
+            self.head = self.embed
 
     def forward(self, ids, cache=None, steer=None, read=None):
-        """Run ids (B, T), the positions after those in the cache; all from 0 without a cache.
+        """Run ids (B, N), at the positions that follow the cache's; from 0 without a cache.
 
         steer: (B, L, D) or None, added after block l at EVERY position of this call (Eq. 6).
                Give a steered call only positions from p on.
         read:  (B, P) or None, indices into this call's positions.
 
-        Returns x (B, T, D), the stream after the last block, and the streams read (B, L, P, D).
+        Returns x (B, N, D), the stream after the last block, and the streams read (B, L, P, D).
         These are taken after each block, before the final norm; None where nothing is read.
         Rows padded on the right stay right: set cache.length afterwards.
+        Raises ValueError for more positions than the context has, and for NaN or infinity in the stream.
         """
-        config, (B, T) = self.config, ids.shape
+        config, (B, N) = self.config, ids.shape
         start = torch.zeros(B, dtype=torch.long) if cache is None else cache.length
-        S = int(start.max()) + T
+        S = int(start.max()) + N
         if S > config.context:
             raise ValueError(f"{S} tokens, the model's context is {config.context}")
-        pos = (start[:, None] + torch.arange(T)).to(ids.device)                 # (B, T)
+        pos = (start[:, None] + torch.arange(N)).to(ids.device)                 # (B, N)
         cos, sin = rotary(pos, config, self.embed.dtype)
-        causal = S == T <= (config.window or T)     # nothing cached, all in the window: no mask is made
+        causal = S == N <= (config.window or N)     # nothing cached, all in the window: no mask is made
         mask = None if causal else sees(pos, S, config.window)
         streams = []
 
-        x = F.embedding(ids, self.embed)                                        # (B, T, D)
+        x = F.embedding(ids, self.embed)                                        # (B, N, D)
         for l, block in enumerate(self.blocks):
             q, k, v = project(block, rms_norm(x, block.attn_norm, config.norm_eps), cos, sin, config)
             if cache is not None:
@@ -214,61 +214,18 @@ class Llama:
             if read is not None:
                 streams.append(x[torch.arange(B, device=x.device)[:, None], read])              # (B, P, D)
 
+        check_finite(x, "the residual stream")      # once is enough: every block adds to what was there
         if cache is not None:
-            cache.length = start + T
+            cache.length = start + N
         return x, torch.stack(streams, 1) if read is not None else None         # (B, L, P, D)
 
     def unembed(self, x):
         """Logits (..., V) in float32 of residual streams x (..., D) after the last block."""
         return linear(rms_norm(x, self.norm, self.config.norm_eps), self.head).float()
 
-    def size(self):
-        """Number of parameters."""
-        outer = [self.embed, self.norm, *([] if self.config.tied else [self.head])]
-        return sum(t.numel() for t in outer + [t for block in self.blocks for t in vars(block).values()])
-
 
 # ---------------------------------------------------------------------------------------------------------
-# Decoding
-
-# field of Sampling: its type, the least and the most it may be
-SAMPLING = {
-    "max_new_tokens": (int, 0, 2**31),
-    "repetition_penalty": (float, 1e-3, 1e3),
-    "temperature": (float, 0, 1e3),
-    "top_p": (float, 1e-6, 1),
-    "top_k": (int, 0, 2**31),
-    "seed": (int, 0, 2**63 - 1),
-}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. ValueError for a value outside of SAMPLING."""
-    max_new_tokens: int = 256
-    repetition_penalty: float = 1.0     # see `penalize`
-    temperature: float = 0.0            # 0, or below 1e-4: greedy
-    top_p: float = 1.0                  # keep the fewest tokens whose probabilities reach top_p
-    top_k: int = 0                      # keep the k best; 0: all
-    seed: int = 0                       # each row draws for itself: a batch gives what single runs give
-
-    def __post_init__(self):
-        for name, limits in SAMPLING.items():
-            checked(name, getattr(self, name), *limits)
-
-    def pick(self, logits, generator):
-        """One id from logits (V)."""
-        if self.temperature < 1e-4:
-            return int(logits.argmax())
-        probs, order = (logits / self.temperature).softmax(-1).sort(descending=True)
-        keep = probs.cumsum(-1) - probs < self.top_p        # the token that crosses top_p is kept
-        if self.top_k:
-            keep[self.top_k:] = False
-
-        # Each id has its own exponential noise, and the largest ratio wins (the Gumbel-max trick).
-        # Walking the sorted probabilities would hang on the order of the tail, which rounding changes.
-        noise = torch.empty(len(logits)).exponential_(generator=generator).to(logits.device)
-        return int(order[(probs * keep / noise[order]).argmax()])
+# Greedy decoding
 
 
 def penalize(logits, seen, penalty):
@@ -280,171 +237,124 @@ def penalize(logits, seen, penalty):
 
 
 @torch.inference_mode()
-def generate(model, prompts, cache, steer=None, sampling=Sampling()):
-    """Decode a batch.
+def generate(model, prompts, cache, steer=None, max_new_tokens=256, repetition_penalty=1.0):
+    """Decode a batch greedily.
 
     prompts: B lists of ids; cache: all but the last id of each has been run; steer: (B, L, D) or None.
-    The last id of each prompt is run first, steered, and so is every new one. Yields once a step a list of
-    (row, id, stopped). stopped is None while the row goes on, else "eos" (id None), "length" or "context".
-    A row that has ended leaves the batch.
+    The last id of each prompt is run first, steered, and so is every new one. After each step yields
+    (answers, stopped), one entry per row: the new ids so far, and None while the row continues, else "eos"
+    (an id that is left out), "length" or "context". A row that has ended leaves the batch.
     """
-    device = model.embed.device
-    alive = list(range(len(prompts)))
+    device, context = model.embed.device, model.config.context
+    answers, stopped, rows = [[] for _ in prompts], [None] * len(prompts), list(range(len(prompts)))
     ids = torch.tensor([[prompt[-1]] for prompt in prompts], device=device)                     # (B, 1)
     seen = torch.zeros(len(prompts), model.config.V, dtype=torch.bool, device=device)           # (B, V)
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True
-    draw = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
 
-    for step in range(1, sampling.max_new_tokens + 1):
+    for step in range(1, max_new_tokens + 1):
         x, _ = model.forward(ids, cache, steer)
-        logits = model.unembed(x[:, -1])                                                        # (B, V)
-        if not logits.isfinite().all():
-            b = int((~logits.isfinite().all(-1)).nonzero()[0])
-            raise ValueError(f"NaN or infinity in {first_not_finite(model, ids, cache, steer, b)}, "
-                             f"at new token {step} of the answer in row {alive[b]}")
-        logits = penalize(logits, seen, sampling.repetition_penalty)
-        out, keep = [], []
-        for b, row in enumerate(alive):
-            id, stopped = sampling.pick(logits[b], draw[row]), None
+        logits = check_finite(model.unembed(x[:, -1]), "the logits")                            # (B, V)
+        ids = penalize(logits, seen, repetition_penalty).argmax(-1, keepdim=True)               # (B, 1)
+        seen.scatter_(1, ids, True)
+        for row, id in zip(rows, ids[:, 0].tolist()):
             if id in model.config.eos:
-                id, stopped = None, "eos"
-            elif len(prompts[row]) + step >= model.config.context:
-                stopped = "context"
-            elif step == sampling.max_new_tokens:
-                stopped = "length"
-            if stopped is None:
-                keep.append(b)
-            out.append((row, id, stopped))
-        yield out
+                stopped[row] = "eos"
+                continue
+            answers[row].append(id)
+            if len(prompts[row]) + step >= context:
+                stopped[row] = "context"
+            elif step == max_new_tokens:
+                stopped[row] = "length"
+        yield answers, stopped
+
+        keep = [b for b, row in enumerate(rows) if stopped[row] is None]
         if not keep:
             return
-        ids = torch.tensor([[out[b][1]] for b in keep], device=device)
-        if len(keep) < len(alive):
-            alive, cache, seen = [alive[b] for b in keep], cache.rows(keep), seen[keep]
+        if len(keep) < len(rows):
+            rows, ids, seen, cache = [rows[b] for b in keep], ids[keep], seen[keep], cache.rows(keep)
             steer = None if steer is None else steer[keep]
-        seen[torch.arange(len(alive), device=device), ids[:, 0]] = True
-
-
-def first_not_finite(model, ids, cache, steer, b):
-    """Where NaN or infinity begins in row b: its last step, run once more with every layer read."""
-    cache.length = cache.length - 1
-    _, streams = model.forward(ids, cache, steer, read=torch.zeros_like(ids))                   # (B, L, 1, D)
-    bad = (~streams[b].isfinite().flatten(1).all(-1)).nonzero()                                 # layers
-    return f"the residual stream after layer {int(bad[0])}" if len(bad) else "the logits alone"
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Reading config.json
-
-PLAIN = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
-
-# field of config.json: its type, the least and the most it may be, and what absence means (...: an error)
-FIELDS = {
-    "hidden_size":             (int, 1, 2**20, ...),
-    "num_hidden_layers":       (int, 1, 999, ...),
-    "num_attention_heads":     (int, 1, 2**16, ...),
-    "num_key_value_heads":     (int, 1, 2**16, None),
-    "head_dim":                (int, 2, 2**16, None),
-    "intermediate_size":       (int, 1, 2**24, ...),
-    "vocab_size":              (int, 1, 2**24, ...),
-    "max_position_embeddings": (int, 1, 2**31, ...),
-    "max_sequence_length":     (int, 1, 2**31, 0),
-    "rms_norm_eps":            (float, 0, 1, ...),
-    "sliding_window":          (int, 1, 2**31, None),
-    "tie_word_embeddings":     (bool, False, True, False),
-    "rope_theta":              (float, 1, 1e12, 1e4),
-    "factor":                  (float, 1, 1e6, ...),
-    "low_freq_factor":         (float, 1e-6, 1e6, ...),
-    "high_freq_factor":        (float, 1e-6, 1e6, ...),
-    "original_max_position_embeddings": (int, 1, 2**31, ...),
-}
+# Reading a folder: config.json
 
 
-def take_field(c, path, key):
-    """The value of a field of FIELDS in the object c, which was read from `path`."""
-    kind, low, high, absent = FIELDS[key]
-    if c.get(key) is not None:
-        return checked(f"{path}: {key}", c[key], kind, low, high)
-    if absent is ...:
-        raise ValueError(f"{path}: no {key}")
-    return absent
-
-
-def read_rope(c, path):
-    """rope_theta, rope_factor and rope_bands, from config.json itself, rope_scaling or rope_parameters."""
-    rope = {"rope_theta": c.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(c.get(key) or {}, dict):
-            raise ValueError(f"{path}: {key} is {brief(c[key])}, need an object")
-        rope.update(c.get(key) or {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    take = functools.partial(take_field, rope, path)
-    if kind == "default":
-        return take("rope_theta"), 1.0, None
-    if kind == "linear":
-        return take("rope_theta"), take("factor"), None
-    if kind != "llama3":
-        raise ValueError(f"{path}: rope_scaling of type {brief(kind)}, only linear and llama3 are supported")
-    low, high = take("low_freq_factor"), take("high_freq_factor")
-    if low >= high:
-        raise ValueError(f"{path}: low_freq_factor {low:g} is not below high_freq_factor {high:g}")
-    return take("rope_theta"), take("factor"), (low, high, take("original_max_position_embeddings"))
-
-
-def read_eos(c, path, V):
-    """Ids that end an answer, all below V: generation_config.json goes before config.json."""
-    eos, generation = c.get("eos_token_id"), path.with_name("generation_config.json")
-    if generation.exists():
-        chosen = read_json(generation).get("eos_token_id")
-        eos, path = (eos, path) if chosen is None else (chosen, generation)
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return tuple(checked(f"{path}: eos_token_id", id, int, 0, V - 1) for id in ids)
+def regular_file(path):
+    """The Path, if it is a file that ends: reading a pipe in its place would wait forever."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+    return path
 
 
 def read_json(path):
-    """The object in a JSON file. ValueError names the file if it is absent or holds none."""
+    """The object in a JSON file."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({str(error).splitlines()[0]})") from None
+        value = json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, need an object")
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
 
 
-def read_config(folder):
-    """Read config.json and generation_config.json of a folder. ValueError for what is not plain Llama."""
-    path = Path(folder) / "config.json"
-    c = read_json(path)
-    kind = c.get("architectures")
-    if not isinstance(kind, list) or kind[:1] not in (["LlamaForCausalLM"], ["MistralForCausalLM"]):
-        raise ValueError(f"{path}: architectures is {brief(kind)}, "
-                         "need [\"LlamaForCausalLM\"] or [\"MistralForCausalLM\"]")
-    for key, only in PLAIN.items():
-        if c.get(key, only) not in (only, None):
-            raise ValueError(f"{path}: {key} is {brief(c[key])}, only {brief(only)} is supported")
+SUPPORTED = {"architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]), "hidden_act": ("silu", None),
+             "attention_bias": (False, None), "mlp_bias": (False, None), "quantization_config": (None,),
+             "rope_type": ("default", "linear", "llama3", None)}
 
-    take = functools.partial(take_field, c, path)
-    D, H, V = take("hidden_size"), take("num_attention_heads"), take("vocab_size")
-    K, E = take("num_key_value_heads") or H, take("head_dim") or D // H
-    if H % K:
-        raise ValueError(f"{path}: num_attention_heads {H} is no multiple of num_key_value_heads {K}")
-    if E < 2 or E % 2:
-        raise ValueError(f"{path}: head_dim is {E} (hidden_size {D}, {H} heads), need an even number")
-    theta, factor, bands = read_rope(c, path)
+
+def read_config(folder):
+    """The Config of a folder. ValueError for what is not plain Llama, with the file and the field."""
+    path = Path(folder) / "config.json"
+    c, generation = read_json(path), path.with_name("generation_config.json")
+
+    def take(key, kind=int, absent=None):
+        """The positive number, or the bool, at a key; `absent` where the key is missing or null."""
+        value = absent if c.get(key) is None else c[key]
+        if type(value) not in (kind, int) or not (kind is bool or 0 < value < 2**40):
+            raise ValueError(f"{path}: {key} is {value!r:.60}, expected a positive {kind.__name__}")
+        return kind(value)
+
+    for key in ("rope_scaling", "rope_parameters"):     # their fields are lifted to those of config.json
+        rope = c.get(key) or {}
+        if rope and not (isinstance(rope, dict) and {"type", "rope_type"} & rope.keys()):
+            raise ValueError(f"{path}: {key} is {rope!r:.60}, expected an object with a rope_type")
+        for name, value in rope.items():
+            name = "rope_type" if name == "type" else name
+            if c.get(name) not in (None, value):
+                raise ValueError(f"{path}: {name} is {value!r:.60} in {key}, but {c[name]!r:.60} before")
+            c[name] = value
+    for key, values in SUPPORTED.items():
+        if c.get(key) not in values:
+            raise ValueError(f"{path}: {key} is {c.get(key)!r:.60}, expected one of {values}")
+
+    L, D, H = take("num_hidden_layers"), take("hidden_size"), take("num_attention_heads")
+    K, E = take("num_key_value_heads", absent=H), take("head_dim", absent=D // H)
+    if L > 1000 or H % K or E % 2:
+        raise ValueError(f"{path}: {L} layers, {H} heads of width {E}, {K} key/value heads; expected at most "
+                         "1000 layers, an even width, and key/value heads that divide the heads")
+    kind, bands = c.get("rope_type") or "default", None
+    if kind == "llama3":
+        bands = (take("low_freq_factor", float), take("high_freq_factor", float),
+                 take("original_max_position_embeddings"))
+    eos = read_json(generation).get("eos_token_id") if generation.exists() else None
+    eos = c.get("eos_token_id", []) if eos is None else eos
+    eos = eos if isinstance(eos, list) else [eos]
+    if not all(type(id) is int for id in eos):
+        raise ValueError(f"{path}: eos_token_id is {eos!r:.60}, expected integers")
+    sliding = c["architectures"] == ["MistralForCausalLM"] and c.get("sliding_window") is not None
     return Config(
-        D=D, L=take("num_hidden_layers"), H=H, K=K, E=E, F=take("intermediate_size"), V=V,
-        context=max(take("max_position_embeddings"), take("max_sequence_length")),
-        norm_eps=take("rms_norm_eps"), rope_theta=theta, rope_factor=factor, rope_bands=bands,
-        window=take("sliding_window") if kind[0] == "MistralForCausalLM" else None,
-        tied=take("tie_word_embeddings"), eos=read_eos(c, path, V))
+        D=D, L=L, H=H, K=K, E=E, M=take("intermediate_size"), V=take("vocab_size"),
+        context=max(take("max_position_embeddings"), take("max_sequence_length", absent=1)),
+        norm_eps=take("rms_norm_eps", float), rope_theta=take("rope_theta", float, 1e4),
+        rope_factor=1.0 if kind == "default" else take("factor", float), rope_bands=bands,
+        window=take("sliding_window") if sliding else None,
+        tied=take("tie_word_embeddings", bool, False), eos=tuple(eos))
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Reading the weights
+# Reading a folder: the weights
 
 # field of a block: its name in the checkpoint between "model.layers.{l}." and ".weight", and its shape.
 # HE is H times E.
@@ -455,9 +365,9 @@ BLOCK = {
     "wv": ("self_attn.v_proj", "KE D"),
     "wo": ("self_attn.o_proj", "D HE"),
     "mlp_norm": ("post_attention_layernorm", "D"),
-    "w_gate": ("mlp.gate_proj", "F D"),
-    "w_up": ("mlp.up_proj", "F D"),
-    "w_down": ("mlp.down_proj", "D F"),
+    "w_gate": ("mlp.gate_proj", "M D"),
+    "w_up": ("mlp.up_proj", "M D"),
+    "w_down": ("mlp.down_proj", "D M"),
 }
 OUTER = {
     "embed": ("model.embed_tokens.weight", "V D"),
@@ -480,171 +390,75 @@ def checkpoint_names(config):
     return names
 
 
-def assemble(config, tensors):
-    """The Llama of a dict of checkpoint tensors. It holds the very tensors: training one trains the other."""
-    outer, blocks = {}, [SimpleNamespace() for _ in range(config.L)]
-    for name, (l, field, _) in checkpoint_names(config).items():
-        (outer if l is None else vars(blocks[l]))[field] = tensors[name]
-    return Llama(config, outer["embed"], blocks, outer["norm"], outer.get("head", outer["embed"]))
+def open_files(folder):
+    """{name of a tensor: its open file}, of model.safetensors or of the shards that an index names.
 
-
-def weight_files(folder):
-    """The weight files of a folder: safetensors if there are any, else .bin. An index names the shards."""
-    folder = Path(folder)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, paths = folder / f"{name}.index.json", [folder / name]
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            names = list(shards.values()) if isinstance(shards, dict) else []
-            if not names or not all(isinstance(shard, str) for shard in names):
-                raise ValueError(f"{index}: weight_map is {brief(shards)}, need an object of file names")
-            paths = [folder / shard for shard in sorted(set(names))]
-        if index.exists() or paths[0].exists():
-            for path in paths:
-                if not path.is_file():
-                    raise ValueError(f"{path}: no such file")
-            return paths
-    raise ValueError(f"{folder}: no model.safetensors, model.safetensors.index.json, "
-                     "pytorch_model.bin or pytorch_model.bin.index.json")
-
-
-def read_tensors(path):
-    """Yield (name, tensor) of one weight file, memory-mapped: pages are read when they are used."""
-    if path.suffix == ".bin":
-        yield from read_pickle(path).items()
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-        for name in names:
-            # one mapping a tensor, so that a converted one frees its pages at once
-            with safe_open(path, "pt") as file:
-                tensor = file.get_tensor(name)
-            yield name, tensor
-            del tensor
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not a whole weight file ({first_line(error)})") from None
-
-
-def read_pickle(path):
-    """{name: tensor} of a .bin file. Nothing but tensors is ever unpickled."""
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:      # a damaged pickle can raise anything
-        raise ValueError(f"{path}: not a whole pickle of tensors alone, and no other is opened; "
-                         f"fetch the folder's safetensors ({first_line(error)})") from None
-    if not isinstance(tensors, dict) or not all(
-            isinstance(name, str) and isinstance(t, torch.Tensor) and t.layout == torch.strided and t.is_cpu
-            for name, t in tensors.items()):
-        raise ValueError(f"{path}: holds no dict of dense tensors")
-    return tensors
-
-
-def first_line(error):
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    The files are memory-mapped: pages are read when they are used.
+    """
+    index, names, files = folder / "model.safetensors.index.json", {"model.safetensors"}, {}
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
+    elif not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder}: no model.safetensors. Where the main revision has only pytorch_model.bin, "
+                         "another may have it: refs/pr/3 of vicuna-7b-v1.5, refs/pr/13 of vicuna-13b-v1.5")
+    for path in sorted(folder / name for name in names):
+        try:
+            file = safe_open(regular_file(path), "pt")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+        files.update(dict.fromkeys(file.keys(), file))
+    return files
 
 
 def load(folder, device=torch.device("cpu"), dtype=None):
-    """Load a Hugging Face folder. dtype None: that of the weights, where the device computes in it.
+    """The Llama of a Hugging Face folder. dtype None: that of the weights.
 
     Tensors that need no conversion stay memory-mapped. Others are converted one by one, so that no second
-    copy stands. Raises ValueError for missing, extra or misshapen tensors.
+    copy of the model exists. Raises ValueError for missing, unknown or misshapen tensors.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: {'a file, need a folder' if folder.exists() else 'no such folder'}")
-    config = read_config(folder)
-    expected, tensors, stored = checkpoint_names(config), {}, None
-    for path in weight_files(folder):
-        for name, tensor in read_tensors(path):
-            if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "lm_head.weight"):
-                continue    # tables that old checkpoints carry along; the copy of a tied embedding
-            if name not in expected or name in tensors:
-                fault = "stands twice" if name in expected else "is not one of a Llama"
-                raise ValueError(f"{path}: tensor {name} {fault}")
-            _, field, shape = expected[name]
-            if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
-                raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)} {str(tensor.dtype)[6:]}, "
-                                 f"config.json makes it {shape} of float32, bfloat16 or float16")
-            stored, dtype = stored or tensor.dtype, dtype or working_dtype(tensor.dtype, device)
-            tensors[name] = pack(field, tensor.to(device=device, dtype=dtype))
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} of {len(expected)} tensors are missing, "
-                         f"{min(missing)} the first")
-    model = assemble(config, tensors)
-    model.stored = stored
+    config, files = read_config(folder), open_files(Path(folder))
+    expected, tensors, identity = checkpoint_names(config), {}, hashlib.sha256(repr(config).encode())
+    for name in sorted(files.keys() ^ expected.keys()):
+        if not name.endswith("rotary_emb.inv_freq") and not (config.tied and name == "lm_head.weight"):
+            raise ValueError(f"{folder}: tensor {name} is {'missing' if name in expected else 'unknown'}; "
+                             f"there are {len(files)}, expected {len(expected)}")
+    for name, (_, field, shape) in expected.items():
+        tensor = files[name].get_tensor(name)
+        if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
+            raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)} {str(tensor.dtype)[6:]}, "
+                             f"expected {shape} in float32, bfloat16 or float16")
+        some = tensor.flatten()[::tensor.numel() // 256 + 1].contiguous()
+        identity.update(some.view(torch.uint8).numpy().tobytes())
+        tensors[name] = pack(field, tensor.to(device=device, dtype=dtype))
+    model = Llama(config, tensors)
+    model.fingerprint = identity.hexdigest()[:16]
     return model
-
-
-def working_dtype(stored, device):
-    """The dtype to compute in: that of the weights, but float16 on a GPU that has no bfloat16."""
-    missing = {
-        "cuda": lambda: not torch.cuda.is_bf16_supported(including_emulation=False),
-        "mps": lambda: not torch.backends.mps.is_macos_or_newer(14, 0),
-    }.get(device.type, lambda: False)
-    return torch.float16 if stored == torch.bfloat16 and missing() else stored
 
 
 # ---------------------------------------------------------------------------------------------------------
 # How a matrix is multiplied here
 #
 # Nothing below changes what is computed, only how fast a CPU does it. To read the method, think of
-# `linear` as F.linear, of `attention` as F.scaled_dot_product_attention, and of `pack` as the identity.
+# `linear` as F.linear, and of `pack` as the identity.
 
 
 def linear(x, weight):
     """x (..., in) times weight (out, in), which may be packed: (..., out)."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if x.device.type == "cpu" and x.shape[:-1].numel() > 8 and is_slow(x.dtype):
-        # Widened piece by piece, so that a piece stays in the CPU's cache.
-        # 128 rows of float16 take a fifth of the time this way; up to 8 rows are faster as they are.
-        wide = x.float()
-        return torch.cat([F.linear(wide, piece.float()) for piece in weight.split(512)], -1).to(x.dtype)
     return F.linear(x, weight)
-
-
-def attention(q, k, v, mask):
-    """Scaled dot product attention of q (B, H, T, E) over k and v (B, K, S, E): (B, H, T, E)."""
-    dtype, grouped = q.dtype, q.shape[1] != k.shape[1]
-    if grouped and q.shape[2] == 1 and q.device.type == "cpu" and dtype != torch.float32:
-        # torch's half precision kernel for one query of grouped heads takes five times that of float32,
-        # which is a quarter of a whole step of decoding at 600 positions
-        q, k, v = q.float(), k.float(), v.float()
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped).to(dtype)
-
-
-@functools.cache
-def is_slow(dtype):
-    """Has this CPU no instructions for a half precision? torch then multiplies one number at a time."""
-    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    try:
-        return dtype in names and not getattr(torch.ops.mkldnn, names[dtype])()
-    except (AttributeError, RuntimeError):
-        return False
-
-
-@functools.cache
-def can_pack():
-    """Has this CPU a packed product of bfloat16, equal to the plain one? Only AVX512 gains by it."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or is_slow(torch.bfloat16):
-        return False
-    x = torch.linspace(-1, 1, 64).view(2, 32).bfloat16()
-    weight = torch.linspace(-1, 1, 1536).view(48, 32).bfloat16()
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        return torch.allclose(linear(x, packed), F.linear(x, weight), atol=0.05, rtol=0.02)
-    except (AttributeError, RuntimeError):
-        return False
 
 
 def pack(field, weight):
     """A bfloat16 matrix (out, in) in the order that a CPU with AVX512 reads fastest; others as they are.
 
-    Decoding takes half the time. A packed matrix is opaque to all but `linear`; to_dense() gives it back.
+    Decoding takes half the time. A packed matrix is opaque to all but `linear`; to_dense() unpacks it.
     """
-    packs = weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.device.type == "cpu"
-    if not packs or field == "embed" or not can_pack():      # the rows of embed are looked up
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight)
+    operators = torch.ops.mkldnn    # private ones: where a torch has them no more, the matrix stays plain
+    if (weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.device.type == "cpu"
+            and field != "embed"    # its rows are looked up
+            and torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(operators, "_linear_pointwise")
+            and hasattr(operators, "_reorder_linear_weight") and operators._is_mkldnn_bf16_supported()):
+        return operators._reorder_linear_weight(weight)
+    return weight
