@@ -284,9 +284,10 @@ def regular_file(path):
 
 def read_json(path):
     """The object in a JSON file."""
+    path = regular_file(path)
     try:
-        value = json.loads(regular_file(path).read_text(encoding="utf-8"))
-    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
