@@ -543,13 +543,13 @@ def say(line, end="\n"):
 def report(line):
     """A line of progress, on a terminal only; the next line replaces it."""
     if sys.stderr.isatty():
-        say(line, end="")
+        say(" ".join(line.split())[-70:], end="")
 
 
 def ask(method, question, args):
     """Decide and answer; print both answers or, with --json, one object. --trace prints the decision too."""
     result, = method.answer([question], not args.no_default, show=lambda answers: report(
-        method.tokenizer.decode(answers[-1])[-100:]))           # on a terminal, the answer as it grows
+        method.tokenizer.decode(answers[-1])))                  # on a terminal, the answer as it grows
     s, sigma, T = result["score"], result["sigma"], method.settings.T
     words = ["harmful, steered towards refusal", "not steered", "benign, steered away from refusal"]
     say(f"s_q       {s:.4f} {'<' if s < T else '>='} T: sigma = {sigma:+d}, {words[1 - sigma]}")
@@ -605,7 +605,7 @@ def modes(args):
     if args.analyze:
         analyze(method)
     for text in args.prompt or [args.trace] * (args.trace is not None):
-        for question in (filter(str.strip, sys.stdin) if text == "-" else [text]):
+        for question in (filter(str.strip, sys.stdin or []) if text == "-" else [text]):
             ask(method, question.strip(), args)
 
 
