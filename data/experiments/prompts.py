@@ -11,11 +11,11 @@ from scans import say
 # The first of these columns that a row has is its prompt.
 COLUMNS = ("prompt", "goal", "Goal", "Question", "question", "forbidden_prompt", "Behavior", "instruction",
            "text", "sentence")
-READERS = {     # suffix: the rows of a text, as objects
-    ".txt": lambda text: [{"text": line} for line in text.split("\n") if line.strip()],
+READERS = {     # suffix: the rows of a text
+    ".txt": lambda text: [line for line in text.split("\n") if line.strip()],
     ".csv": lambda text: list(csv.DictReader(io.StringIO(text, newline=""), strict=True)),
     ".tsv": lambda text: list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", strict=True)),
-    ".json": lambda text: [row if isinstance(row, dict) else {"text": row} for row in json.loads(text)],
+    ".json": json.loads,
     ".jsonl": lambda text: [json.loads(line) for line in text.split("\n") if line.strip()]}
 
 
@@ -29,8 +29,11 @@ def read_prompts(path, given=None):
         raise ValueError(f"{path}: expected one of {', '.join(READERS)}; pandas turns parquet into csv: "
                          "read_parquet(FILE).explode(['sentence', 'label']).to_csv(FILE)")
     csv.field_size_limit(2**31 - 1)     # documents to summarize are longer than csv's own limit
+    file = regular_file(path)
     try:
-        rows = reader(regular_file(path).read_text(encoding="utf-8-sig"))   # -sig: a byte-order mark may lead
+        rows = reader(file.read_text(encoding="utf-8-sig"))     # -sig: a byte-order mark may lead
+        if not isinstance(rows, list):
+            raise ValueError("expected a list")
         items = [read_row(row, given) | {"file": str(path), "row": n} for n, row in enumerate(rows, 1)]
     except (OSError, csv.Error, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -38,7 +41,8 @@ def read_prompts(path, given=None):
 
 
 def read_row(row, given):
-    """One row of a file as a dict."""
+    """One row of a file, a dict or a text alone, as a prompt."""
+    row = row if isinstance(row, dict) else {"text": row}
     column = next((name for name in COLUMNS if name in row), None)
     if column is None or None in row:       # None: csv puts the cells there for which the header has no name
         raise ValueError(f"a row without a prompt, or with more cells than the header: {row!r:.200}; "

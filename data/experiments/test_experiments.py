@@ -140,7 +140,8 @@ def test_layouts(tmp_path, name, text, given, expected):
     ("a.csv", "prompt\nWhip cream.\n", "{}"), ("a.csv", "prompt,label\nWhip cream.,safe\n", "unsafe:{}"),
     ("a.csv", "prompt,label,score:guard\nWhip cream.,safe,high\n", "{}"), ("a.csv", "word\nx\n", "safe:{}"),
     ("a.json", '[{"prompt": "x", "score:guard": 1' + "0" * 400 + "}]", "safe:{}"),
-    ("a.json", '[{"prompt": ["x"]}]', "safe:{}"), ("a.json", "3", "safe:{}"), ("a.json", "[[", "safe:{}"),
+    ("a.json", '[{"prompt": ["x"]}]', "safe:{}"), ("a.json", '{"text": "x"}', "safe:{}"),
+    ("a.json", "3", "safe:{}"), ("a.json", "[[", "safe:{}"),
     ("a.csv", "prompt\nWhip cream, slowly.\n", "safe:{}"), ("a.parquet", "", "safe:{}"),
     ("a.json", '[{"prompt": "x", "label": 0}]', "{}"), ("a.txt", "\n", "safe:{}")])
 def test_files_that_cannot_be(tmp_path, command, name, text, given):
