@@ -61,14 +61,19 @@ def share(things):
     return things[rank()::dist.get_world_size()] if dist.is_initialized() else things
 
 
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextlib.contextmanager
 def rank_0_first():
     """The other processes enter when rank 0 has left, and find on the disk what it wrote."""
     if rank() > 0:
-        dist.barrier()
+        wait_for_all()
     yield
-    if dist.is_initialized() and rank() == 0:
-        dist.barrier()
+    if rank() == 0:
+        wait_for_all()
 
 
 def start(args):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data.experiments.core import batches, progress, rank, rank_0_first, share
+from data.experiments.core import batches, progress, rank, rank_0_first, share, wait_for_all
 from llama import regular_file
 from scans import digest, say, show_layers
 
@@ -32,13 +32,12 @@ class Results:
     def __init__(self, whole, identity):
         self.whole, self.path = whole, Path(f"{whole}.rank{rank()}" if rank() else whole)
         self.first = json.dumps(identity, default=show_layers).encode() + b"\n"
-        if self.path.exists():
-            regular_file(self.path)
-        self.locked = open(self.path, "ab")
+        self.locked = open(regular_file(self.path) if self.path.exists() else self.path, "ab")
         if fcntl:       # another process on the same file waits here, and then finds the answers
             fcntl.flock(self.locked, fcntl.LOCK_EX)
         self.read(self.path)
-        self.add(())
+        os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)     # a line that was cut
+        self.add(())        # the first line
         self.gather()
 
     def add(self, records):
@@ -48,14 +47,12 @@ class Results:
             file.write("".join(f'{text}, "check": "{digest(text)}"}}\n' for text in texts).encode())
 
     def read(self, path):
-        """{(variant, item): record} of a file. What was cut off at its end is removed."""
+        """{(variant, item): record} of the whole lines of a file."""
         data = Path(path).read_bytes()
         if not data.startswith(self.first) and not self.first.startswith(data):
-            raise ValueError(f"{path}: its first line is of another command, model, setting or prompt file; "
-                             "give another --out")
-        end, records = data.rfind(b"\n") + 1, {}        # 0 where the first line is cut
-        os.truncate(path, end)
-        for number, line in enumerate(data[len(self.first):end].splitlines(), 2):
+            raise ValueError(f"{path}: of another command, model, setting or prompt; give another --out")
+        records = {}
+        for number, line in enumerate(data[len(self.first):].split(b"\n")[:-1], 2):
             text, _, check = line.rpartition(b', "check": ')
             if check != f'"{digest(text)}"}}'.encode():
                 raise ValueError(f"{path}: line {number} was changed; remove it to have it answered again")
@@ -73,7 +70,7 @@ class Results:
 
 
 def collect(variants, items, args):
-    """The answers to all items under all variants, {name: records}, on rank 0. Other processes end here.
+    """The answers to all items, {name: records}, on rank 0. Other processes end here.
 
     variants: {name: (Scans, whether to answer without SCANS too)}.
     """
@@ -88,8 +85,7 @@ def collect(variants, items, args):
         with rank_0_first():
             results = Results(path, identity)
         done = results.read(path)
-        if done:
-            say(f"resuming  {len(done)} of {len(items) * len(variants)} answers are in {path}")
+        say(f"answers   {len(done)} of {len(items) * len(variants)} are there already")
         order = sorted(range(len(items)), key=lambda i: -len(items[i]["prompt"]))   # similar lengths pad less
         for name, (method, default) in variants.items():
             mine = [i for i in share(order) if (name, i) not in done]
@@ -97,8 +93,7 @@ def collect(variants, items, args):
                 answers = method.answer([items[i]["prompt"] for i in batch], default)
                 results.add({"variant": name, "item": i, **items[i], **answer}
                             for i, answer in zip(batch, answers))
-        if dist.is_initialized():
-            dist.barrier()
+        wait_for_all()
         if rank() > 0:
             sys.exit()
         done = results.gather()

@@ -201,7 +201,7 @@ def test_killed_and_resumed(whole, files, command, monkeypatch, tmp_path):
     monkeypatch.setattr(Scans, "answer", lambda self, questions, *rest:
                         asked.extend(questions) or answer(self, questions, *rest))
     tables, said = command(*flags)
-    assert f"resuming  {had} of 11" in said and len(asked) == len(set(asked)) == 11 - had
+    assert f"answers   {had} of 11" in said and len(asked) == len(set(asked)) == 11 - had
     assert close(out) == close(whole[0]) and tables["refusals"] == whole[1]["refusals"]
     command(*flags)
     assert len(asked) == 11 - had
@@ -270,7 +270,7 @@ def test_two_processes(whole, files, tmp_path):
                         "data.experiments", "eval", *files, *FEW, "--batch-size", 2, "--out", out, "--json")
     ran = subprocess.run(argv, **how)
     assert ran.returncode == 0, ran.stderr
-    assert "resuming  3 of 11" in ran.stderr and os.listdir(tmp_path) == ["out.jsonl"]
+    assert "answers   3 of 11" in ran.stderr and os.listdir(tmp_path) == ["out.jsonl"]
     assert close(out) == close(whole[0]) and json.loads(ran.stdout)["refusals"] == whole[1]["refusals"]
 
 
