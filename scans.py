@@ -175,12 +175,12 @@ class Scans:
         return Decision(prompts, cos, s, sigma, cache)
 
     @torch.inference_mode()
-    def answer(self, questions, default=True, show=lambda decision, answers, stopped: None):
+    def answer(self, questions, default=True, show=lambda answers: None):
         """Decide on each question, then answer it without SCANS (unless default is False) and with it.
 
-        All answers are rows of one batch. show(decision, ids of the R answers, why each stopped) is called
-        before the first step and after every one. Returns one dict per question: prompt, p, e, score, sigma,
-        cosines, the texts default and steered, and why they stopped: "eos", "length" or "context".
+        All answers are rows of one batch; show(their ids so far) is called after every step. Returns one dict
+        per question: prompt, p, e, score, sigma, cosines, the texts default and steered, and why they
+        stopped: "eos", "length" or "context".
         """
         model, settings, decision = self.model, self.settings, self.decide(questions)
         kinds = ("default", "steered") if default else ("steered",)
@@ -188,12 +188,11 @@ class Scans:
         strength = [settings.alpha * int(decision.sigma[i]) * (kind == "steered") for i, kind in rows]
         steer = steering(self.vectors.v_r, torch.tensor(strength), settings.steer_layers)       # (R, L, D)
         cache = decision.cache.rows([i for i, _ in rows])
-        instructions = [prompt.ids[:prompt.p + 1] for prompt in (decision.prompts[i] for i, _ in rows)]
-        answers, stopped = [[] for _ in rows], [None] * len(rows)
-        show(decision, answers, stopped)
+        prompts = [decision.prompts[i] for i, _ in rows]
+        instructions = [prompt.ids[:prompt.p + 1] for prompt in prompts]
         for answers, stopped in llama.generate(model, instructions, cache, steer.to(model.embed),
                                                settings.max_new_tokens, settings.repetition_penalty):
-            show(decision, answers, stopped)
+            show(answers)
 
         results = [{"prompt": question, "p": prompt.p, "e": prompt.e, "score": float(decision.s[i]),
                     "sigma": int(decision.sigma[i]), "cosines": decision.cos[i].tolist(),
@@ -207,10 +206,9 @@ class Scans:
 # =========================================================================================================
 # Here the method ends. What follows is ours, not the paper's, or is what a command needs.
 # =========================================================================================================
-# T from the anchors, and a warning where it cannot be trusted
+# T from the anchors
 
-QUANTILE = 0.01     # share of the harmful anchors that an estimated T may lose
-ABOVE = 0.2         # share of the harmless anchors that may reach T before a warning
+QUANTILE = 0.01         # share of the harmful anchors that an estimated T may lose
 
 
 def leave_one_out(a_t):
@@ -224,18 +222,6 @@ def estimate_threshold(scores):
     It bounds the errors on the anchors, not on queries to come.
     """
     return float(scores.sort().values[math.floor(QUANTILE * len(scores))])
-
-
-def doubt(T, harmful, harmless):
-    """What the scores of the harmful (n) and harmless anchors (m) say against a T, or None."""
-    lost, above = int((harmful < T).sum()), int((harmless >= T).sum())
-    if above > ABOVE * len(harmless):
-        return (f"s_q does not detect harm here: {above} of {len(harmless)} harmless anchors reach T. Such "
-                "queries are steered towards refusal. Perhaps this model is not aligned to refuse")
-    if lost > QUANTILE * len(harmful):
-        return (f"{lost} of {len(harmful)} harmful anchors are below T. Such queries are steered away from "
-                f"refusal. Estimated from these anchors, T is {estimate_threshold(harmful):.4f}")
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -256,9 +242,8 @@ class Settings:
     sigma: int | None = None    # the same for every query; None: decided by Eq. 5
 
 
-# The layers, alpha and T of the public code. It steers 10-19 whatever the model's size, one layer less than the
-# paper's middle segment of 32 layers. It changes T with the name of the data set: these are the values for a
-# name that it does not know. For Llama-2-7b, 0.75 is also the paper's (section 4.4).
+# As in the public code. It steers 10-19 whatever the model's size: of 32 layers, all but the last of the
+# paper's middle segment. It has other T for data sets that it knows by name.
 PUBLISHED = {   # (chat format, number of layers)
     ("llama-2", 32): Settings("Llama-2-7b-chat", range(10, 20), range(10, 32), 3.5, 0.75, "published", 1.1),
     ("llama-2", 40): Settings("Llama-2-13b-chat", range(10, 20), range(10, 19), 3.5, 0.75, "published", 1.1),
@@ -273,15 +258,14 @@ def choose_settings(vectors, format, **given):
     given: fields of Settings that take precedence where they are not None. T is what is given, else the
     published one where the layers are too, else estimated. Raises ValueError for layers that are not there.
     """
-    L, given = len(vectors.v_r), {name: value for name, value in given.items() if value is not None}
-    middle = range(L // 3, max(2 * L // 3, L // 3 + 1))
+    L, middle = len(vectors.v_r), segments(len(vectors.v_r))["middle"] or range(1)
     table = PUBLISHED.get((format, L)) or Settings(
-        f"a model outside the paper, {L} layers", middle, range(L // 3, L), 3.5, None, "estimated")
-    chosen = dataclasses.replace(table, **given)
-    for name, layers in (("steering", chosen.steer_layers), ("classification", chosen.classify_layers)):
+        f"a model outside the paper, {L} layers", middle, range(middle.start, L), 3.5, None, "")
+    chosen = dataclasses.replace(table, **{name: value for name, value in given.items() if value is not None})
+    for layers in (chosen.steer_layers, chosen.classify_layers):
         if not 0 <= layers.start < layers.stop <= L:
-            raise ValueError(f"{name} layers {show_layers(layers)}: the model has layers 0-{L - 1}")
-    if "T" in given:
+            raise ValueError(f"layers {show_layers(layers)}: the model has layers 0-{L - 1}")
+    if given.get("T") is not None:
         return dataclasses.replace(chosen, T_source="given")
     if table.T is None or chosen.classify_layers != table.classify_layers:
         T = estimate_threshold(score(vectors.cos_harmful, chosen.classify_layers))
@@ -364,14 +348,15 @@ def content_digest(identity, tensors):
 
 
 def save_vectors(path, vectors, identity):
-    """Write a new file, or none. Raises FileExistsError or another OSError."""
+    """Write a new file, or none. Raises OSError, also where the file exists."""
     tensors = {name: tensor.contiguous() for name, tensor in vars(vectors).items()}
     data = save(tensors, {**identity, "digest": content_digest(identity, tensors)})
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb") as file:
         try:
             file.write(data)
         except BaseException:
-            Path(path).unlink()
+            path.unlink()
             raise
 
 
@@ -379,20 +364,21 @@ def load_vectors(path, want):
     """The Vectors of a file. Raises ValueError if it is damaged, or was not made with the identity `want`."""
     try:
         with safe_open(llama.regular_file(path), "pt") as file:
-            identity, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}
-        intact = identity.pop("digest") == content_digest(identity, tensors)
+            identity = dict(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if identity.pop("digest") != content_digest(identity, tensors):
+            raise ValueError("its content has another digest")
+        found = Vectors(**tensors)
     except Exception as error:      # the reader of a damaged file can raise anything
-        intact = False
-    if not intact:
-        raise ValueError(f"{path}: not an intact vectors file")
+        raise ValueError(f"{path}: not an intact vectors file ({error})") from None
     for key in want:
-        if identity[key] != want[key]:
-            raise ValueError(f"{path}: made with {key} {identity[key]!r}, this run has {want[key]!r}")
-    return Vectors(**tensors)
+        if identity.get(key) != want[key]:
+            raise ValueError(f"{path}: made with {key} {identity.get(key)!r}, this run has {want[key]!r}")
+    return found
 
 
 def find_vectors(folder, model, tokenizer, vectors=None, progress=lambda done: None, **anchors):
-    """(Vectors, the path of their file): read if it is there, else extracted and saved.
+    """The Vectors of a model: read from their file if there is one, else extracted and saved.
 
     vectors: a file, which must have been made for this model, this prompt and, where `anchors` are named, for
     them. None: a file in the user's cache folder, under a name made from all of it. anchors: arguments of
@@ -405,25 +391,22 @@ def find_vectors(folder, model, tokenizer, vectors=None, progress=lambda done: N
     if vectors is None or anchors or not Path(vectors).exists():
         texts = draw_anchors(folder, **anchors)
         want["anchors"] = digest(texts)
-    path = cache_folder() / f"{digest(want)}.safetensors" if vectors is None else Path(vectors)
-    if path.exists():
-        try:
-            return load_vectors(path, want), path
-        except ValueError as error:
-            if vectors is not None:
-                raise
-            say(f"note      {error}: they are extracted again")
+    path = Path(vectors) if vectors else cache_folder() / f"{digest(want)}.safetensors"
+    try:
+        if path.exists():
+            return load_vectors(path, want)
+    except ValueError as error:
+        if vectors:
+            raise
+        say(f"note      {error}: extracted again")
+        path.unlink()
     found = extract_vectors(model, *([tokenizer.prompt(text) for text in some] for some in texts), progress)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if vectors is None:
-            path.unlink(missing_ok=True)
         save_vectors(path, found, want)
+        say(f"note      the vectors are kept in {path}")
     except OSError as error:
-        if vectors is not None:
-            raise ValueError(f"{path}: cannot be written ({error.strerror})") from None
         say(f"note      the vectors are not kept ({path}: {error.strerror})")
-    return found, path
+    return found
 
 
 def cache_folder():
@@ -457,11 +440,9 @@ def load(folder=DATA / "tiny", device=None, dtype=None, format=None, system=None
     if threads or model.size < 2e7:
         torch.set_num_threads(threads or 1)
     tokenizer = Tokenizer(folder, model.config.V, format, system)
-    found, path = find_vectors(folder, model, tokenizer, vectors, progress, harmful=harmful,
-                               harmless=harmless, anchors=anchors, anchor_seed=anchor_seed)
-    method = Scans(model, tokenizer, found, choose_settings(found, tokenizer.name, **settings))
-    method.path = path
-    return method
+    found = find_vectors(folder, model, tokenizer, vectors, progress, harmful=harmful, harmless=harmless,
+                         anchors=anchors, anchor_seed=anchor_seed)
+    return Scans(model, tokenizer, found, choose_settings(found, tokenizer.name, **settings))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -490,152 +471,121 @@ def number(kind, low, high):
     return parse
 
 
+COUNT, SEED = number(int, 1, 2**31), number(int, 0, 2**63)
+FLAGS = {   # argument of `load`: its type or choices, and help
+    "format": (list(FORMATS), "chat format; default: what the folder's chat template or name shows"),
+    "system": (str, "system prompt; default: the format's own"),
+    "device": (str, "cpu, cuda, cuda:1, mps; default: a GPU if there is one"),
+    "dtype": (["float32", "bfloat16", "float16"], "default: that of the weights"),
+    "threads": (COUNT, "CPU threads; default: 1 for a small model"),
+    "vectors": (str, "the file that keeps the vectors; default: one in the user's cache folder"),
+    "harmful": (str, f"file of harmful anchors: .txt, or .csv with a column {', '.join(COLUMNS)}"),
+    "harmless": (str, "file of harmless anchors"),
+    "anchors": (number(int, 2, 2**31), "anchors of each kind; default: 64"),
+    "anchor_seed": (SEED, "the seed that draws them; default: 0"),
+    "alpha": (number(float, 0, 1e6), "steering strength; default, as below: what is published for the model"),
+    "T": (number(float, -2, 2), "threshold: a query with s_q below T is benign"),
+    "steer_layers": (parse_layers, "inclusive, 0-based, like 10-19"),
+    "classify_layers": (parse_layers, "likewise"),
+    "repetition_penalty": (number(float, 1e-3, 1e3), "1.1 for the models of the paper, 1 for others"),
+    "sigma": (number(int, -1, 1), "for every query: -1 against refusal, 1 towards it, 0 no steering"),
+    "max_new_tokens": (COUNT, "default: 256"),
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors on one line."""
+    """argparse, with errors on one line: the name of the program and the message. Exit status 2."""
 
     def error(self, message):
-        fail(f"{message} (--help lists the flags)")
+        say(f"{self.prog}: {' '.join(message.split())}")
+        sys.exit(2)
 
 
 def add_flags(parser):
-    """The flags about the model and the method. Their names are the arguments of `load`."""
-    count, seed, real = number(int, 1, 2**31), number(int, 0, 2**63), number(float, 0, 1e6)
-    m = parser.add_argument_group("model")
-    m.add_argument("--model", metavar="DIR", default=DATA / "tiny",
-                   help="a Hugging Face folder; default: the embedded model")
-    m.add_argument("--format", choices=list(FORMATS), help="default: what the folder shows")
-    m.add_argument("--system", metavar="TEXT", help="system prompt; default: the format's own")
-    m.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU if there is one")
-    m.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: that of the weights")
-    m.add_argument("--threads", metavar="N", type=count, help="CPU threads; default: 1 for a small model")
-    v = parser.add_argument_group("vectors")
-    v.add_argument("--vectors", metavar="FILE", help="where to keep them; default: the user's cache folder")
-    v.add_argument("--harmful", metavar="FILE", help="harmful anchors: a .txt, or a .csv with one of the "
-                   f"columns {', '.join(COLUMNS)}; default: those of the model's folder or of data/")
-    v.add_argument("--harmless", metavar="FILE", help="harmless anchors")
-    v.add_argument("--anchors", metavar="N", type=number(int, 2, 2**31), help="anchors of each kind, 64")
-    v.add_argument("--anchor-seed", metavar="N", type=seed, help="the seed that draws them, 0")
-    s = parser.add_argument_group("method; default: what is published for the model")
-    s.add_argument("--alpha", metavar="X", type=real, help="steering strength")
-    s.add_argument("--threshold", metavar="T", dest="T", type=number(float, -2, 2),
-                   help="a query with s_q below T is benign")
-    s.add_argument("--sigma", type=int, choices=(-1, 0, 1),
-                   help="the same for every query: -1 against refusal, 1 towards it, 0 no steering")
-    s.add_argument("--steer-layers", metavar="A-B", type=parse_layers, help="inclusive, 0-based, like 10-19")
-    s.add_argument("--classify-layers", metavar="A-B", type=parse_layers, help="likewise")
-    d = parser.add_argument_group("decoding, which is greedy")
-    d.add_argument("--max-new-tokens", metavar="N", type=count, help="256")
-    d.add_argument("--repetition-penalty", metavar="X", type=number(float, 0.001, 1000),
-                   help="1.1 for the models of the paper, 1 for others")
-    d.add_argument("--no-default", action="store_true", help="only the answer with SCANS")
+    """The flags about the model and the method."""
+    parser.add_argument("--model", default=DATA / "tiny", metavar="DIR",
+                        help="a Hugging Face folder; default: the embedded model")
+    for name, (kind, help) in FLAGS.items():
+        how = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
+        flag = "--threshold" if name == "T" else f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=name, help=help, **how)
+    parser.add_argument("--no-default", action="store_true", help="only the answer with SCANS")
     parser.add_argument("--json", action="store_true", help="one JSON object per query on standard output")
-
-
-LOAD = ("device", "dtype", "format", "system", "threads", "vectors", "harmful", "harmless", "anchors",
-        "anchor_seed", "alpha", "T", "sigma", "steer_layers", "classify_layers", "max_new_tokens",
-        "repetition_penalty")
-
-
-def anchor_scores(method):
-    """s_q of the harmful (n), left out one by one, and of the harmless anchors (m)."""
-    vectors, layers = method.vectors, method.settings.classify_layers
-    return score(vectors.cos_harmful, layers), score(vectors.cos_harmless, layers)
 
 
 def setup(args):
     """`load` with parsed flags; says what it found."""
     method = load(args.model, progress=lambda done: report(f"extracting vectors: {done} anchors"),
-                  **{name: getattr(args, name) for name in LOAD})
-    model, chosen, (harmful, harmless) = method.model, method.settings, anchor_scores(method)
+                  **{name: getattr(args, name) for name in FLAGS})
+    model, chosen, vectors = method.model, method.settings, method.vectors
     say(f"model     {Path(args.model).name}: {model.size / 1e6:.1f} M parameters, {model.config.L} layers, "
         f"{str(model.embed.dtype)[6:]} on {model.embed.device}; chat format {method.tokenizer.name}")
     if model.embed.dtype == torch.float16 and model.embed.device.type == "cpu":
         say("note      many CPUs are slow in float16: --dtype bfloat16 is faster, and rounds more")
-    say(f"vectors   {method.path.name}: {len(harmful)} + {len(harmless)} anchors")
-    a = method.vectors.a_norm[chosen.steer_layers]
+    a = vectors.a_norm[chosen.steer_layers]
     say(f"settings  for {chosen.model}: alpha {chosen.alpha:g}, steering layers "
         f"{show_layers(chosen.steer_layers)}, where the stream is {a.min():.0f} to {a.max():.0f} long; "
         f"classification layers {show_layers(chosen.classify_layers)}")
-    below, above = int((harmful < chosen.T).sum()), int((harmless >= chosen.T).sum())
-    say(f"T         {chosen.T:.4f}, {chosen.T_source}; {below} of {len(harmful)} harmful anchors are below it, "
-        f"{above} of {len(harmless)} harmless ones reach it")
-    warning = doubt(chosen.T, harmful, harmless)
-    if warning:
-        say(f"warning   {warning}")
+    harmful = score(vectors.cos_harmful, chosen.classify_layers)
+    harmless = score(vectors.cos_harmless, chosen.classify_layers)
+    lost, spared = int((harmful < chosen.T).sum()), int((harmless < chosen.T).sum())
+    say(f"T         {chosen.T:.4f}, {chosen.T_source}; below it are {lost} of {len(harmful)} harmful anchors "
+        f"and {spared} of {len(harmless)} harmless ones")
+    if lost > QUANTILE * len(harmful) or spared < 0.8 * len(harmless):
+        say("warning   T does not separate these anchors: a query on its wrong side is steered the wrong way. "
+            f"Estimated from them, T is {estimate_threshold(harmful):.4f}. Is this model aligned to refuse?")
     return method
 
 
-def say(line):
-    """A line on standard error."""
-    report("")
-    print(printable(line), file=sys.stderr, flush=True)
-
-
-def printable(text):
-    """What comes from a file or a user cannot move the cursor."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+def say(line, end="\n"):
+    """A line on standard error. What comes from a file or a user cannot move the cursor."""
+    wipe = "\r\x1b[K" if sys.stderr.isatty() else ""         # the line of progress
+    line = "".join(char if char.isprintable() else "\ufffd" for char in line)
+    print(wipe + line, end=end, file=sys.stderr, flush=True)
 
 
 def report(line):
-    """A line of progress, on a terminal only; the next one replaces it."""
+    """A line of progress, on a terminal only; the next line replaces it."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{printable(line)}", end="", file=sys.stderr, flush=True)
-
-
-def fail(message):
-    """One line with the name of the program. Exit status 2."""
-    path = Path(sys.argv[0])
-    say(f"{path.parent.name if path.name == '__main__.py' else path.name}: {message}")
-    sys.exit(2)
+        say(line, end="")
 
 
 def ask(method, question, args):
     """Decide and answer; print both answers or, with --json, one object. --trace prints the decision too."""
-    chosen = method.settings
-
-    def show(decision, answers, stopped):
-        if not any(answers) and not any(stopped):       # nothing is decoded yet
-            s, sigma = float(decision.s[0]), int(decision.sigma[0])
-            words = ["harmful, steered towards refusal", "not steered", "benign, steered away from refusal"]
-            say(f"s_q       {s:.4f} {'<' if s < chosen.T else '>='} T: sigma = {sigma:+d}, {words[1 - sigma]}")
-            if args.trace is not None and not args.json:
-                trace(method, decision)
-        report(method.tokenizer.decode(answers[-1])[-100:])     # the answer as it grows
-
-    result, = method.answer([question], not args.no_default, show)
-    report("")
+    result, = method.answer([question], not args.no_default, show=lambda answers: report(
+        method.tokenizer.decode(answers[-1])[-100:]))           # on a terminal, the answer as it grows
+    s, sigma, T = result["score"], result["sigma"], method.settings.T
+    words = ["harmful, steered towards refusal", "not steered", "benign, steered away from refusal"]
+    say(f"s_q       {s:.4f} {'<' if s < T else '>='} T: sigma = {sigma:+d}, {words[1 - sigma]}")
     if args.json:
-        more = {"settings": vars(chosen), "warning": doubt(chosen.T, *anchor_scores(method))}
-        print(json.dumps({**result, **more}, ensure_ascii=False, default=show_layers), flush=True)
+        result["settings"] = vars(method.settings)
+        print(json.dumps(result, ensure_ascii=False, default=show_layers), flush=True)
         return
-    ends = {"eos": "", "length": " [--max-new-tokens]", "context": " [end of the context]"}
-    for kind, title in (("default", "without SCANS: "), ("steered", "with SCANS:    ")):
-        if result[kind] is not None:
-            print(title + result[kind] + ends[result["stopped"][kind]], flush=True)
+    if args.trace is not None:
+        trace(method, result)
+    for kind, why in result["stopped"].items():
+        print({"default": "without SCANS: ", "steered": "with SCANS:    "}[kind] + result[kind]
+              + ("" if why == "eos" else f" [{why}]"), flush=True)
 
 
-def trace(method, decision):
+def trace(method, result):
     """One decision in full: its tokens with p and e, the cosine of every layer, v_r in words."""
-    prompt, chosen, tokenizer = decision.prompts[0], method.settings, method.tokenizer
-    marks = {prompt.p: " <p>", prompt.e: " <e>"}
-    tokens = [tokenizer.piece(id) + marks.get(i, "") for i, id in enumerate(prompt.ids)]
-    print(textwrap.fill(" ".join(tokens), 110), f"\np = {prompt.p}, last token of the instruction; "
-          f"e = {prompt.e}, last token of {tokenizer.format.r_pos.strip()}\n")
+    chosen, tokenizer, p, e = method.settings, method.tokenizer, result["p"], result["e"]
+    tokens = [tokenizer.piece(id) for id in tokenizer.prompt(result["prompt"]).ids]
+    tokens[p] += " <p>"
+    tokens[e] += " <e>"
+    print(textwrap.fill(" ".join(tokens), 110), f"\np = {p}, last token of the instruction; "
+          f"e = {e}, last token of {tokenizer.format.r_pos.strip()}\n")
     print("layer  cos(a_t, d_harm)  used to   v_r points to")
     for l, words in enumerate(top_tokens(method.model, tokenizer, method.vectors.v_r, 5)):
         use = "classify " * (l in chosen.classify_layers) + "steer" * (l in chosen.steer_layers)
-        print(f"{l:5}  {float(decision.cos[0, l]):16.4f}  {use:14}  {' '.join(words)}")
-    s, sigma = float(decision.s[0]), int(decision.sigma[0])
-    print(f"\ns_q = {s:.4f}, the mean over the classification layers; T = {chosen.T:.4f}; "
-          f"sigma = {sigma:+d}; added at p and after: {sigma * chosen.alpha:+g} v_r\n", flush=True)
+        print(f"{l:5}  {result['cosines'][l]:16.4f}  {use:14}  {' '.join(words)}")
+    print(f"\nadded at p and after: {result['sigma'] * chosen.alpha:+g} v_r\n")
 
 
-def analyze(method, args):
+def analyze(method):
     """Table 1."""
     words = segment_words(method.model, method.tokenizer, method.vectors.v_r)
-    if args.json:
-        print(json.dumps(words, ensure_ascii=False))
-        return
     print("segment         tokens its first principal component points to")
     for name, layers in segments(len(method.vectors.v_r)).items():
         print(f"{name:7} {show_layers(layers):7} {' '.join(words[name])}")
@@ -657,7 +607,7 @@ def main():
 def modes(args):
     method = setup(args)
     if args.analyze:
-        analyze(method, args)
+        analyze(method)
     for text in args.prompt or [args.trace] * (args.trace is not None):
         for question in (filter(str.strip, sys.stdin) if text == "-" else [text]):
             ask(method, question.strip(), args)
@@ -671,14 +621,10 @@ def run(parser, command):
     except BrokenPipeError:     # the reader has gone: nothing more to say, at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        report("")
+        say("stopped")
         sys.exit(130)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        fail("out of memory: try --dtype bfloat16, a smaller --max-new-tokens, or --device cpu")
-    except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+    except (ValueError, OSError, RuntimeError) as error:    # torch raises the last, for lack of memory too
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
