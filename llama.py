@@ -400,7 +400,7 @@ def open_files(folder):
         shards = read_json(index).get("weight_map")
         names = set(map(str, shards.values())) if isinstance(shards, dict) else set()
     elif not (folder / "model.safetensors").exists():
-        raise ValueError(f"{folder}: no model.safetensors. Where the main revision has only pytorch_model.bin, "
+        raise ValueError(f"{folder}: no model.safetensors. If the main revision has only pytorch_model.bin, "
                          "another may have it: refs/pr/3 of vicuna-7b-v1.5, refs/pr/13 of vicuna-13b-v1.5")
     for path in sorted(folder / name for name in names):
         try:
@@ -458,7 +458,8 @@ def pack(field, weight):
     operators = torch.ops.mkldnn    # private ones: where a torch has them no more, the matrix stays plain
     if (weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.device.type == "cpu"
             and field != "embed"    # its rows are looked up
-            and torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(operators, "_linear_pointwise")
-            and hasattr(operators, "_reorder_linear_weight") and operators._is_mkldnn_bf16_supported()):
+            and torch.backends.cpu.get_cpu_capability() == "AVX512"
+            and hasattr(operators, "_linear_pointwise") and hasattr(operators, "_reorder_linear_weight")
+            and operators._is_mkldnn_bf16_supported()):
         return operators._reorder_linear_weight(weight)
     return weight

@@ -429,16 +429,14 @@ def choose_device(name=None):
         raise ValueError(f"device {name}: not available ({error})") from None
 
 
-def load(folder=DATA / "tiny", device=None, dtype=None, format=None, system=None, threads=None, vectors=None,
-         harmful=None, harmless=None, anchors=None, anchor_seed=None, progress=lambda done: None, **settings):
+def load(folder=DATA / "tiny", device=None, dtype=None, format=None, system=None, vectors=None, harmful=None,
+         harmless=None, anchors=None, anchor_seed=None, progress=lambda done: None, **settings):
     """The Scans of a model's folder. Arguments are named as the flags; None is the flag's default.
 
-    settings: fields of Settings. Extracts the vectors where there are none yet, and keeps them. A small model
-    gets one thread: its steps are shorter than waking a second. Raises ValueError.
+    settings: fields of Settings. Extracts the vectors where there are none yet, and keeps them. Raises
+    ValueError.
     """
     model = llama.load(folder, choose_device(device), dtype and getattr(torch, dtype))
-    if threads or model.size < 2e7:
-        torch.set_num_threads(threads or 1)
     tokenizer = Tokenizer(folder, model.config.V, format, system)
     found = find_vectors(folder, model, tokenizer, vectors, progress, harmful=harmful, harmless=harmless,
                          anchors=anchors, anchor_seed=anchor_seed)
@@ -477,7 +475,6 @@ FLAGS = {   # argument of `load`: its type or choices, and help
     "system": (str, "system prompt; default: the format's own"),
     "device": (str, "cpu, cuda, cuda:1, mps; default: a GPU if there is one"),
     "dtype": (["float32", "bfloat16", "float16"], "default: that of the weights"),
-    "threads": (COUNT, "CPU threads; default: 1 for a small model"),
     "vectors": (str, "the file that keeps the vectors; default: one in the user's cache folder"),
     "harmful": (str, f"file of harmful anchors: .txt, or .csv with a column {', '.join(COLUMNS)}"),
     "harmless": (str, "file of harmless anchors"),
@@ -505,6 +502,7 @@ def add_flags(parser):
     """The flags about the model and the method."""
     parser.add_argument("--model", default=DATA / "tiny", metavar="DIR",
                         help="a Hugging Face folder; default: the embedded model")
+    parser.add_argument("--threads", type=COUNT, metavar="X", help="of the CPU; default: 1 for a small model")
     for name, (kind, help) in FLAGS.items():
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
         flag = "--threshold" if name == "T" else f"--{name.replace('_', '-')}"
@@ -515,6 +513,8 @@ def add_flags(parser):
 
 def setup(args):
     """`load` with parsed flags; says what it found."""
+    if args.threads or llama.read_config(args.model).D < 512:   # shorter steps than waking a second thread
+        torch.set_num_threads(args.threads or 1)
     method = load(args.model, progress=lambda done: report(f"extracting vectors: {done} anchors"),
                   **{name: getattr(args, name) for name in FLAGS})
     model, chosen, vectors = method.model, method.settings, method.vectors
@@ -532,7 +532,7 @@ def setup(args):
     say(f"T         {chosen.T:.4f}, {chosen.T_source}; below it are {lost} of {len(harmful)} harmful anchors "
         f"and {spared} of {len(harmless)} harmless ones")
     if lost > QUANTILE * len(harmful) or spared < 0.8 * len(harmless):
-        say("warning   T does not separate these anchors: a query on its wrong side is steered the wrong way. "
+        say("warning   T does not separate these anchors: those on its wrong side are steered the wrong way. "
             f"Estimated from them, T is {estimate_threshold(harmful):.4f}. Is this model aligned to refuse?")
     return method
 

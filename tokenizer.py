@@ -94,10 +94,9 @@ class SentencePiece:
         except (RuntimeError, OSError):
             raise ValueError(f"{path}: not a sentencepiece model") from None
         self.encode, self.decode, self.piece = sp.encode, sp.decode, sp.id_to_piece
-        self.size = sp.vocab_size()
+        self.size, ends = sp.vocab_size(), {"{bos}": sp.bos_id(), "{eos}": sp.eos_id()}
         self.controls = {sp.id_to_piece(id): id for id in range(self.size) if sp.is_control(id)}
-        ends = {"{bos}": sp.bos_id(), "{eos}": sp.eos_id()}
-        self.controls |= {name: id for name, id in ends.items() if id >= 0}
+        self.controls.update({name: id for name, id in ends.items() if id >= 0})
 
 
 def guarded(method):
@@ -108,9 +107,10 @@ def guarded(method):
             return method(self, argument)
         except (ValueError, KeyboardInterrupt):
             raise
+        except ImportError:
+            raise ValueError("this tokenizer needs one more package: pip install tokenizers") from None
         except BaseException as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"{self.path}: the tokenizers package cannot use it ({reason})") from None
+            raise ValueError(f"{self.path}: the tokenizers package cannot use it ({error})") from None
     return call
 
 
@@ -119,29 +119,24 @@ class TokenizerJson:
 
     @guarded
     def __init__(self, path):
+        import tokenizers
         self.path = path
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(f"{path}: reading it needs one more package: pip install tokenizers") from None
-        data, names = read_json(path), path.with_name("tokenizer_config.json")
+        data, config = read_json(path), path.with_name("tokenizer_config.json")
         added = data.get("added_tokens") or []
         # encode_special_tokens keeps text from becoming a special token: here, any added one
         text = json.dumps({**data, "added_tokens": [{**token, "special": True} for token in added],
                            "truncation": None, "padding": None})
         self.tokens = tokenizers.Tokenizer.from_str(text)
         self.tokens.encode_special_tokens = True
+        self.size = 1 + max(self.tokens.get_vocab().values(), default=-1)
         self.controls = {token["content"]: self.tokens.token_to_id(token["content"]) for token in added}
         self.hidden = {self.controls[token["content"]] for token in added if token["special"]}
-        self.size = 1 + max(self.tokens.get_vocab().values(), default=-1)
-        byte_level = "ByteLevel" in str(data.get("decoder"))
-        self.spell = tokenizers.decoders.ByteLevel().decode if byte_level else "".join
-        names = read_json(names) if names.is_file() else {}
+        ends = read_json(config) if config.is_file() else {}
         for part in ("bos", "eos"):
-            name = names.get(f"{part}_token")
-            name = name.get("content") if isinstance(name, dict) else name
+            name = ends.get(f"{part}_token")
+            name = name["content"] if isinstance(name, dict) else name
             if name in self.controls:
-                self.controls["{" + part + "}"] = self.controls[name]
+                self.controls[f"{{{part}}}"] = self.controls[name]
 
     @guarded
     def encode(self, text):
@@ -156,10 +151,7 @@ class TokenizerJson:
 
     @guarded
     def piece(self, id):
-        """As sentencepiece writes it: "▁egg" and "<0x0A>" for a byte-level "Ġegg" and "Ċ"."""
-        piece = self.tokens.id_to_token(id) or f"<{id}>"    # a row that pads the embeddings has no name
-        piece = self.spell([piece]).replace(" ", "▁")
-        return "".join(char if char.isprintable() else f"<0x{ord(char):02X}>" for char in piece)
+        return self.tokens.id_to_token(id) or f"<{id}>"     # a row that pads the embeddings has no name
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -185,6 +177,7 @@ class Tokenizer:
             raise ValueError(f"{self.path}: {size} pieces, the model's vocabulary is {vocabulary}")
         self.name = format or find_format(folder)
         self.format = f = FORMATS[self.name]
+        self.names = ("{bos}", "{eos}", *f.controls)
         for part in self.split(f.prompt + f.system):
             absent = part in self.names and part not in self.words.controls
             if absent or part not in self.names and any(name in part for name in self.words.controls):
@@ -195,10 +188,6 @@ class Tokenizer:
         if self.system and not f.system:
             raise ValueError(f"chat format {self.name} has no system prompt")
 
-    @property
-    def names(self):
-        return ("{bos}", "{eos}", *self.format.controls)
-
     def split(self, template):
         """The parts of a template: names of control tokens, and the texts between them."""
         return [part for part in re.split(f"({'|'.join(map(re.escape, self.names))})", template) if part]
@@ -207,7 +196,7 @@ class Tokenizer:
         """The Prompt of a question, which is stripped. Raises ValueError for what is empty or not text."""
         if not question.strip():
             raise ValueError("the prompt is empty")
-        question.encode(), self.system.encode()     # ValueError for half a character, which a shell may pass on
+        question.encode(), self.system.encode()     # ValueError for half a character, as a shell may pass on
         f = self.format
         template = f.prompt.replace("{system}", f.system if self.system else "")
         instruction, ids = self.encode(template, question), self.encode(template + f.r_pos, question)
