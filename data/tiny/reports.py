@@ -73,9 +73,9 @@ def table(method, n=2000):
     for part, letter in PARTS.items():
         results = {}
         for group, title in GROUPS.items():
-            pairs = world.questions(group, part, "test", n)
-            if not pairs:       # no plain row has a dangerous word
+            if (group, part) == ("plain", "word"):      # a single row
                 continue
+            pairs = world.questions(group, part, "test", n)
             results[group] = ask(method, [question for _, question in pairs])
             show_refused(f"{letter} {title}", results[group])
             if part == "taught" and group != "harmful":
@@ -112,7 +112,7 @@ def check(method):
             kind, good = "known, of no phase", not refused
         hits.setdefault(kind, []).append(good)
         if not good:
-            print(f"    {kind}: {question} -> {answer}")
+            print(f"    {kind}: {question} -> {result['steered']}")
     for kind, good in hits.items():
         print(f"{kind}: {sum(good)} of {len(good)} as they should be")
 
