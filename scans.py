@@ -529,10 +529,11 @@ def setup(args):
     harmful = score(vectors.cos_harmful, chosen.classify_layers)
     harmless = score(vectors.cos_harmless, chosen.classify_layers)
     lost, spared = int((harmful < chosen.T).sum()), int((harmless < chosen.T).sum())
-    say(f"T         {chosen.T:.4f}, {chosen.T_source}; below it are {lost} of {len(harmful)} harmful anchors "
-        f"and {spared} of {len(harmless)} harmless ones")
+    drawn = "" if args.vectors else f", drawn by seed {args.anchor_seed or 0}"
+    say(f"T         {chosen.T:.4f}, {chosen.T_source}; below it are {lost} of {len(harmful)} harmful and "
+        f"{spared} of {len(harmless)} harmless anchors{drawn}")
     if lost > QUANTILE * len(harmful) or spared < 0.8 * len(harmless):
-        say("warning   T does not separate these anchors: those on its wrong side are steered the wrong way. "
+        say("warning   T does not separate these anchors: those on the wrong side are steered the wrong way. "
             f"Estimated from them, T is {estimate_threshold(harmful):.4f}. Is this model aligned to refuse?")
     return method
 

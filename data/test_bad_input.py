@@ -32,8 +32,8 @@ from tokenizer import Tokenizer  # noqa: E402
 
 TINY = ROOT / "data" / "tiny"
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24, "vocab_size": 2048,
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "num_hidden_layers": 4, "vocab_size": 2048,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "intermediate_size": 24,
     "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False,
     "eos_token_id": 2, "hidden_act": "silu", "rope_scaling": {"type": "linear", "factor": 2.0}}
 
@@ -63,9 +63,9 @@ def make_models(box):
         (folder / "generation_config.json").write_text('{"eos_token_id": [2]}')
         (folder / "tokenizer_config.json").write_text(
             json.dumps({"chat_template": template, "bos_token": "<s>", "eos_token": {"content": "</s>"}}))
-        draw = torch.Generator().manual_seed(0)
-        save_file({tensor: torch.randn(shape, generator=draw) / 3 for tensor, (_, _, shape)
-                   in llama.checkpoint_names(llama.read_config(folder)).items()}, folder / "model.safetensors")
+        draw, names = torch.Generator().manual_seed(0), llama.checkpoint_names(llama.read_config(folder))
+        save_file({tensor: torch.randn(shape, generator=draw) / 3 for tensor, (_, _, shape) in names.items()},
+                  folder / "model.safetensors")
         for kind, suffix in (("harmful", "txt"), ("harmless", "csv")):
             lines = (ROOT / "data" / f"{kind}.txt").read_text().splitlines()[:8]
             header = ["prompt"] if suffix == "csv" else []
@@ -77,8 +77,9 @@ def make_models(box):
 
 def ask(box, model="pieces"):
     folder = box / model
-    return ["--model", folder, "--vectors", box / f"{model}.safetensors", "--harmful", folder / "harmful.txt",
-            "--harmless", folder / "harmless.csv", "--anchors", 4, "--max-new-tokens", 2, "--prompt", "Whip it."]
+    return ["--model", folder, "--vectors", box / f"{model}.safetensors", "--anchors", 4,
+            "--harmful", folder / "harmful.txt", "--harmless", folder / "harmless.csv",
+            "--max-new-tokens", 2, "--prompt", "Whip it."]
 
 
 def run(argv, box, main=scans.main):
@@ -170,7 +171,7 @@ FOLDERS = {
     "heads do not divide": (config(num_key_value_heads=3), "4 heads of width 4, 3 key/value heads"),
     "rope of another type": (config(rope_scaling={"type": "dynamic"}), "rope_type is 'dynamic'"),
     "rope without a type": (config(rope_scaling={"factor": 4.0}), "expected an object with a rope_type"),
-    "rope said twice": (config(rope_parameters={"rope_type": "default"}), "rope_type is 'default' in rope_par"),
+    "rope said twice": (config(rope_parameters={"rope_type": "default"}), "rope_type is 'default' in rope"),
     "rope a list": (config(rope_scaling=[1]), "rope_scaling is [1]"),
     "attention_bias": (config(attention_bias=True), "attention_bias is True"),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
@@ -181,7 +182,7 @@ FOLDERS = {
     "unknown tensor": (weights(lambda t: t.update(extra=torch.ones(2))), "tensor extra is unknown"),
     "misshapen tensor": (weights(lambda t: t.update({Q3: torch.ones(15, 16)})), "(15, 16) float32, expected"),
     "integers": (weights(lambda t: t.update({Q3: torch.ones(16, 16, dtype=torch.int8)})), "int8"),
-    "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 999), "not a complete safetensors"),
+    "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 999), "not a complete"),
     "empty weights": (write("model.safetensors", b""), "not a complete safetensors file"),
     "weights a pipe": (pipe("model.safetensors"), "model.safetensors: not a regular file"),
     "shard missing": (write("model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}'),
@@ -189,7 +190,7 @@ FOLDERS = {
     "tokenizer absent": (remove("tokenizer.model"), "tokenizer.json: no such file"),
     "tokenizer garbage": (write("tokenizer.model", b"garbage"), "not a sentencepiece model"),
     "tokenizer a pipe": (pipe("tokenizer.model"), "tokenizer.model: not a regular file"),
-    "NaN in weights": (weights(lambda t: t[Q3].fill_(float("nan"))), "NaN or infinity in the residual stream"),
+    "NaN in weights": (weights(lambda t: t[Q3].fill_(float("nan"))), "infinity in the residual stream"),
     "NaN in the head": (weights(lambda t: t["lm_head.weight"].fill_(float("nan"))), "infinity in the logits"),
 }
 
@@ -220,7 +221,7 @@ def test_a_tokenizer_json_that_lies_or_panics(box, monkeypatch):
     def panic(*args, **named):
         raise Panic("index out of bounds")
     tokenizer.words.tokens = SimpleNamespace(encode=panic, decode=panic, id_to_token=panic)
-    for call in (lambda: tokenizer.prompt("Whip it."), lambda: tokenizer.decode([1]), lambda: tokenizer.piece(1)):
+    for call in (lambda: tokenizer.prompt("x"), lambda: tokenizer.decode([1]), lambda: tokenizer.piece(1)):
         with pytest.raises(ValueError, match="tokenizer.json: the tokenizers package cannot use it"):
             call()
     monkeypatch.setitem(sys.modules, "tokenizers", None)
@@ -230,7 +231,7 @@ def test_a_tokenizer_json_that_lies_or_panics(box, monkeypatch):
 def test_vocabularies_that_do_not_fit(box):
     size = json.loads((box / "bytes" / "config.json").read_text())["vocab_size"]
     for folder, vocabulary, format, message in (
-            ("pieces", 2048, "chatml", "the control tokens of this vocabulary are not those of chat format chatml"),
+            ("pieces", 2048, "chatml", "tokens of this vocabulary are not those of chat format chatml"),
             ("bytes", size, "mistral-v3", "not those of chat format mistral-v3, which has '[INST]'"),
             ("bytes", size - 1, None, f"{size} pieces, the model's vocabulary is {size - 1}"),
             ("pieces", 2049, None, "2048 pieces, the model's vocabulary is 2049")):
@@ -305,7 +306,7 @@ def spoil(value, rng):
 
 
 def damaged(data, path, rng):
-    """The bytes of a file with one thing wrong: a bit flipped, cut, doubled, spliced, or an odd JSON value."""
+    """The bytes of a file with one thing wrong: a flipped bit, a cut, a splice, or an odd JSON value."""
     i, n = rng.randrange(len(data) + 1), rng.choice([1, 8, 100])
     if rng.random() < 0.3 and path.suffix == ".json":
         value = json.loads(data)

@@ -1,14 +1,14 @@
 """SCANS in numpy: a worked port, from the weights in a folder to both answers, by the specification alone.
 
 It uses numpy, and of this project only the reader of safetensors, so it is the tests' independent oracle too.
-It goes for the shortest true statement: no batch, no cache, every pass runs the whole sequence. README.md
+It prefers the shortest true statement: no batch, no cache, every pass runs the whole sequence. README.md
 says what a cache changes. Every tensor is kept under its name in golden.safetensors. Equation numbers are the
 paper's (arXiv 2408.11491). Left out: text. Ids come from the golden file.
 
     python -m data.golden.port_numpy OUT.safetensors    # then: python -m data.golden.compare OUT.safetensors
 
 Letters of the shapes: N positions, D model width, L blocks, H query heads, K key/value heads, E width of a
-head, F mlp width, V vocabulary, n and m harmful and harmless anchors.
+head, M mlp width, V vocabulary, n and m harmful and harmless anchors.
 """
 import json
 import sys
@@ -43,7 +43,7 @@ def write_safetensors(path, tensors):
 
 
 def read_config(folder):
-    """What config.json says of the forward pass. A key that is absent means what stands here."""
+    """What config.json says of the forward pass. An absent key has the default used here."""
     c = json.loads((Path(folder) / "config.json").read_text())
     rope = {"rope_theta": c.get("rope_theta"), **(c.get("rope_scaling") or {}),
             **(c.get("rope_parameters") or {})}
@@ -74,7 +74,7 @@ def load(folder):
 
 
 def rms_norm(x, weight, eps):
-    """eps stands inside the root; the mean of squares is not centred."""
+    """eps is added inside the root; the mean of squares is not centred."""
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(eps)) * weight
 
 
@@ -106,14 +106,14 @@ def attention(q, k, v, config):
     N, H, E = q.shape
     k, v = (np.repeat(a, H // config["K"], axis=1) for a in (k, v))                          # (N, H, E)
     scores = np.einsum("the,she->hts", q, k) / np.float32(np.sqrt(E))                        # (H, N, N)
-    back = np.arange(N)[:, None] - np.arange(N)                            # how far key s lies behind query t
+    back = np.arange(N)[:, None] - np.arange(N)                            # how far key s is behind query t
     scores[:, (back < 0) | (back >= (config["window"] or N))] = -np.inf
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("hts,she->the", scores / scores.sum(-1, keepdims=True), v).reshape(N, H * E)
 
 
 def mlp(h, gate, up, down):
-    """down(silu(gate(h)) * up(h)): (N, D) -> (N, F) twice -> (N, D)."""
+    """down(silu(gate(h)) * up(h)): (N, D) -> (N, M) twice -> (N, D)."""
     g = h @ gate.T
     return (g / (1 + np.exp(-g)) * (h @ up.T)) @ down.T
 
@@ -177,7 +177,7 @@ def read_anchors(model, ids, p, e):
 
 
 def extract(model, given, layers):
-    """All that the anchors tell, by name. given: their ids, p and e; layers: those of the classification."""
+    """Everything that is made of the anchors, by name. given: their ids, p and e; layers: classify_layers."""
     def read(kind):
         return read_anchors(model, *(given[f"anchors.{kind}.{part}"] for part in ("ids", "p", "e")))
 
@@ -194,7 +194,7 @@ def extract(model, given, layers):
     t["cos_harmful"] = cosine(a_t, others)                                                   # (n, L)
     t["cos_harmless"] = cosine(plus_p - plus_e, d_harm)                                      # (m, L)
     scores = np.sort(t["cos_harmful"][:, layers].mean(1))                      # Eq. 4 of every harmful anchor
-    t["T"] = scores[[int(0.01 * n)]]                                             # at most 1 in 100 lies below
+    t["T"] = scores[[int(0.01 * n)]]                                             # at most 1 in 100 is below
     return t
 
 
@@ -219,7 +219,7 @@ def greedy(model, instruction, steer, limit):
 def decide_and_answer(model, given, found, query, passed):
     """Decision and both answers of one query, by name.
 
-    found: what the anchors told; passed: its pass over instruction + r_pos.
+    found: what was extracted from the anchors; passed: its pass over instruction + r_pos.
     """
     t, p, e = {}, given[f"{query}.p"][0], given[f"{query}.e"][0]
     t["a_t"] = a_t = streams(passed, p) - streams(passed, e)                                 # Eq. 2, (L, D)
@@ -227,8 +227,8 @@ def decide_and_answer(model, given, found, query, passed):
     t["s_q"] = s_q = cos[given["classify_layers"]].mean(keepdims=True)                       # Eq. 4
     t["sigma"] = sigma = np.where(s_q < found["T"], -1, 1)                                   # Eq. 5
     t["steer"] = steer = np.zeros_like(found["v_r"])                   # (L, D), 0 outside the steering layers
-    chosen = given["steer_layers"]
-    steer[chosen] = sigma * given["alpha"] * found["v_r"][chosen]                       # Eq. 6, what is added
+    layers = given["steer_layers"]
+    steer[layers] = sigma * given["alpha"] * found["v_r"][layers]                       # Eq. 6, what is added
     instruction = given[f"{query}.ids"][:p + 1]                                              # without r_pos
     steered = forward(model, instruction, steer, p)
     t["steered_x"] = streams(steered, p)                                                     # (L, D)
@@ -244,7 +244,7 @@ def decide_and_answer(model, given, found, query, passed):
 # ----------------------------------------------------------------------------------------------------
 # 6. All of it, by the names of the golden file
 
-# what a port is given; the rest it makes
+# what a port is given; it computes the rest
 INPUTS = ("ids", "p", "e", "alpha", "steer_layers", "classify_layers", "max_new_tokens")
 
 
