@@ -132,9 +132,8 @@ def test_the_words_of_questions_are_learned_in_the_first_blocks():
 
 
 def test_rescaling_changes_nothing_but_the_unit():
-    recipe = Recipe()
-    config, weights = recipe.config, {name: w.detach() for name, w in train.new_model(recipe, "cpu").items()}
-    ids = torch.randint(2048, (2, 20), generator=torch.Generator().manual_seed(0))
+    weights = {name: w.detach() for name, w in train.new_model(Recipe(), "cpu").items()}
+    config, ids = Recipe().config, torch.arange(40).view(2, 20)
     grown = replace(config, norm_eps=4.0**2 * config.norm_eps)      # it is added to squares
     x, _ = llama.Llama(config, weights).forward(ids)
     larger, _ = llama.Llama(grown, make.rescale(weights, 4.0)).forward(ids)
