@@ -124,6 +124,7 @@ def main():
     parser = scans.Parser(prog="python -m data.tiny.reports", description="Results of the embedded model.")
     parser.add_argument("report", choices=list(REPORTS))
     parser.add_argument("folder", type=Path, nargs="?", default=HERE, help="default: the embedded model")
+    torch.set_num_threads(1)    # the steps of a small model are shorter than waking a second thread
     scans.run(parser, lambda args: REPORTS[args.report](scans.load(args.folder, max_new_tokens=48)))
 
 
