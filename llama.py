@@ -228,14 +228,6 @@ class Llama:
 # Greedy decoding
 
 
-def penalize(logits, seen, penalty):
-    """Logits (B, V), those of ids already seen (B, V, bool) made less likely. CTRL (1909.05858), section 4.1.
-
-    The penalty divides positive logits and multiplies negative ones.
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
 @torch.inference_mode()
 def generate(model, prompts, cache, steer=None, max_new_tokens=256, repetition_penalty=1.0):
     """Decode a batch greedily.
@@ -255,7 +247,9 @@ def generate(model, prompts, cache, steer=None, max_new_tokens=256, repetition_p
     for step in range(1, max_new_tokens + 1):
         x, _ = model.forward(ids, cache, steer)
         logits = check_finite(model.unembed(x[:, -1]), "the logits")                            # (B, V)
-        ids = penalize(logits, seen, repetition_penalty).argmax(-1, keepdim=True)               # (B, 1)
+        # ids already seen are made less likely: CTRL (1909.05858), section 4.1
+        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        ids = torch.where(seen, penalized, logits).argmax(-1, keepdim=True)                     # (B, 1)
         seen.scatter_(1, ids, True)
         for row, id in zip(rows, ids[:, 0].tolist()):
             if id in model.config.eos:
@@ -290,9 +284,10 @@ def regular_file(path):
 
 def read_json(path):
     """The object in a JSON file."""
+    path = regular_file(path)
     try:
-        value = json.loads(regular_file(path).read_text(encoding="utf-8"))
-    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")

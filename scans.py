@@ -19,7 +19,6 @@ Letters of every shape comment:
     L layers     D model width                     V vocabulary   T is the threshold, never a shape
 """
 import argparse
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -28,7 +27,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -451,22 +449,19 @@ def show_layers(layers):
     return f"{layers.start}-{layers.stop - 1}"
 
 
-def parse_layers(text):
-    """An inclusive range, "10-19", as a range."""
-    found = re.fullmatch(r"(\d{1,3})-(\d{1,3})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a range of layers like 10-19")
-    return range(int(found[1]), int(found[2]) + 1)
+def layer_range(text):
+    """An argparse type: an inclusive range, "10-19", as a range."""
+    first, last = map(int, text.split("-"))
+    return range(first, last + 1)
 
 
 def number(kind, low, high):
     """An argparse type: an int or float from low to high."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number from {low:g} to {high:g}")
-    return parse
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+    return number
 
 
 COUNT, SEED = number(int, 1, 2**31), number(int, 0, 2**63)
@@ -482,8 +477,8 @@ FLAGS = {   # argument of `load`: its type or choices, and help
     "anchor_seed": (SEED, "the seed that draws them; default: 0"),
     "alpha": (number(float, 0, 1e6), "steering strength; default, as below: what is published for the model"),
     "T": (number(float, -2, 2), "threshold: a query with s_q below T is benign"),
-    "steer_layers": (parse_layers, "inclusive, 0-based, like 10-19"),
-    "classify_layers": (parse_layers, "likewise"),
+    "steer_layers": (layer_range, "inclusive, 0-based, like 10-19"),
+    "classify_layers": (layer_range, "likewise"),
     "repetition_penalty": (number(float, 1e-3, 1e3), "1.1 for the models of the paper, 1 for others"),
     "sigma": (number(int, -1, 1), "for every query: -1 against refusal, 1 towards it, 0 no steering"),
     "max_new_tokens": (COUNT, "default: 256"),
@@ -548,13 +543,13 @@ def say(line, end="\n"):
 def report(line):
     """A line of progress, on a terminal only; the next line replaces it."""
     if sys.stderr.isatty():
-        say(line, end="")
+        say(" ".join(line.split())[-70:], end="")
 
 
 def ask(method, question, args):
     """Decide and answer; print both answers or, with --json, one object. --trace prints the decision too."""
     result, = method.answer([question], not args.no_default, show=lambda answers: report(
-        method.tokenizer.decode(answers[-1])[-100:]))           # on a terminal, the answer as it grows
+        method.tokenizer.decode(answers[-1])))                  # on a terminal, the answer as it grows
     s, sigma, T = result["score"], result["sigma"], method.settings.T
     words = ["harmful, steered towards refusal", "not steered", "benign, steered away from refusal"]
     say(f"s_q       {s:.4f} {'<' if s < T else '>='} T: sigma = {sigma:+d}, {words[1 - sigma]}")
@@ -610,7 +605,7 @@ def modes(args):
     if args.analyze:
         analyze(method)
     for text in args.prompt or [args.trace] * (args.trace is not None):
-        for question in (filter(str.strip, sys.stdin) if text == "-" else [text]):
+        for question in (filter(str.strip, sys.stdin or []) if text == "-" else [text]):
             ask(method, question.strip(), args)
 
 

@@ -1,14 +1,12 @@
 """Text to ids and back: the one place where a prompt is built.
 
 A folder's tokenizer.model is read with sentencepiece, else its tokenizer.json with the tokenizers package.
-
 Control ids are put in by hand, never parsed from text, so that nothing a user types can become one. A prompt
 carries its two positions, which are counted, never searched for:
 
     p   last token of the instruction: where SCANS reads a^l(q), and from where it steers
     e   last token of the instruction followed by r_pos ("Sure")
 
-References: SentencePiece (arXiv 1808.06226), byte-level BPE (GPT-2's report, section 2.2).
 Left out on purpose: tools; conversations, since SCANS is single-turn; the date lines that Llama 3.1 and later
 put before a system prompt; the "<think>" with which DeepSeek's later template opens an answer.
 """
