@@ -77,13 +77,6 @@ def test_ids_are_those_of_the_chat_template(folder):
         assert prompt.ids[:prompt.p + 1] == expected
 
 
-def test_pieces_are_readable(tokenizer):
-    pieces = [tokenizer.piece(id) for id in tokenizer.prompt("How do I beat 12 eggs?").ids]
-    assert "".join(pieces).endswith("<|im_start|>user<0x0A>How▁do▁I▁beat▁12▁eggs?<|im_end|><0x0A>"
-                                    "<|im_start|>assistant<0x0A>Sure")
-    assert pieces[pieces.index("1") + 1] == "2"     # digits are tokens of their own
-
-
 def test_streams_and_logits(pair, tokenizer):
     """Every layer's residual stream and the logits, at every position, within 1e-4 of the largest value."""
     model, oracle = pair
@@ -112,7 +105,7 @@ def test_64_greedy_tokens(pair, tokenizer):
 def test_the_published_model_is_not_aligned_to_refuse(folder, tmp_path):
     done = run("scans.py", "--model", folder, "--vectors", tmp_path / "v", "--anchors", 16, "--analyze")
     assert done.returncode == 0 and "Is this model aligned to refuse?" in done.stderr
-    assert "▁" in done.stdout and "Ġ" not in done.stdout
+    assert done.stdout.count("\n") == 4
 
 
 def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
