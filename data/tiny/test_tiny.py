@@ -144,7 +144,7 @@ def test_the_card_has_the_table_that_is_printed_and_dev_txt_reaches_T(capsys):
     method, recipe = scans.load(HERE, device="cpu", max_new_tokens=4), Recipe()
     sigma = method.decide(dev_questions("harmful")).sigma
     assert (sigma == 1).sum() >= recipe.reach * len(sigma) > 100
-    reports.table(method, n=1)
+    reports.table(method, n=4)
     names = re.findall(r"^\| \([abc]\).*? \| ", capsys.readouterr().out, re.M)
     card = (HERE / "README.md").read_text(encoding="utf-8")
     assert len(names) == 13 and all(name in card for name in names)
