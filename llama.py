@@ -11,11 +11,12 @@ References: Llama 2 (arXiv 2307.09288), Llama 3 (2407.21783), RMSNorm (1910.0746
 
 Left out on purpose: sampling, biases, quantised weights, rope scaling other than linear and llama3.
 
-Letters of every shape comment below, and of the weight table:
+Letters used in shape comments and in the weight table:
     B rows of a batch       N positions of this call    S slots of the cache    P positions read
     D model width           L blocks                    M mlp width             V vocabulary
     H query heads           K key/value heads           E width of a head
 """
+import copy
 import hashlib
 import json
 import math
@@ -144,7 +145,7 @@ class Cache:
 
     def rows(self, index):
         """A new cache with the rows `index` of this one: repeated, reordered or left out."""
-        new = object.__new__(Cache)
+        new = copy.copy(self)
         new.kv, new.length = self.kv[:, :, index], self.length[index]
         return new
 
@@ -188,7 +189,7 @@ class Llama:
 
         Returns x (B, N, D), the stream after the last block, and the streams read (B, L, P, D).
         These are taken after each block, before the final norm; None where nothing is read.
-        Rows padded on the right stay right: set cache.length afterwards.
+        Rows padded on the right are correct up to their padding: set cache.length afterwards.
         Raises ValueError for more positions than the context has, and for NaN or infinity in the stream.
         """
         config, (B, N) = self.config, ids.shape
@@ -275,7 +276,7 @@ def generate(model, prompts, cache, steer=None, max_new_tokens=256, repetition_p
 
 
 def regular_file(path):
-    """The Path, if it is a file that ends: reading a pipe in its place would wait forever."""
+    """The Path of a regular file: reading a pipe in its place would wait forever."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
@@ -318,7 +319,7 @@ def read_config(folder):
         for name, value in rope.items():
             name = "rope_type" if name == "type" else name
             if c.get(name) not in (None, value):
-                raise ValueError(f"{path}: {name} is {value!r:.60} in {key}, but {c[name]!r:.60} before")
+                raise ValueError(f"{path}: {name} is {value!r:.60} in {key}, but {c[name]!r:.60} elsewhere")
             c[name] = value
     for key, values in SUPPORTED.items():
         if c.get(key) not in values:
@@ -423,7 +424,7 @@ def load(folder, device=torch.device("cpu"), dtype=None):
         if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
             raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)} {str(tensor.dtype)[6:]}, "
                              f"expected {shape} in float32, bfloat16 or float16")
-        some = tensor.flatten()[::tensor.numel() // 256 + 1].contiguous()
+        some = tensor.flatten()[::tensor.numel() // 256 + 1].contiguous()       # training moves nearly all
         identity.update(some.view(torch.uint8).numpy().tobytes())
         tensors[name] = pack(field, tensor.to(device=device, dtype=dtype))
     model = Llama(config, tensors)
@@ -450,7 +451,7 @@ def pack(field, weight):
 
     Decoding takes half the time. A packed matrix is opaque to all but `linear`; to_dense() unpacks it.
     """
-    operators = torch.ops.mkldnn    # private ones: where a torch has them no more, the matrix stays plain
+    operators = torch.ops.mkldnn    # private ones: if this torch lacks them, the matrix stays plain
     if (weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.device.type == "cpu"
             and field != "embed"    # its rows are looked up
             and torch.backends.cpu.get_cpu_capability() == "AVX512"
