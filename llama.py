@@ -11,11 +11,12 @@ References: Llama 2 (arXiv 2307.09288), Llama 3 (2407.21783), RMSNorm (1910.0746
 
 Left out on purpose: sampling, biases, quantised weights, rope scaling other than linear and llama3.
 
-Letters of every shape comment below, and of the weight table:
+Letters used in shape comments and in the weight table:
     B rows of a batch       N positions of this call    S slots of the cache    P positions read
     D model width           L blocks                    M mlp width             V vocabulary
     H query heads           K key/value heads           E width of a head
 """
+import copy
 import hashlib
 import json
 import math
@@ -144,7 +145,7 @@ class Cache:
 
     def rows(self, index):
         """A new cache with the rows `index` of this one: repeated, reordered or left out."""
-        new = object.__new__(Cache)
+        new = copy.copy(self)
         new.kv, new.length = self.kv[:, :, index], self.length[index]
         return new
 
@@ -188,7 +189,7 @@ class Llama:
 
         Returns x (B, N, D), the stream after the last block, and the streams read (B, L, P, D).
         These are taken after each block, before the final norm; None where nothing is read.
-        Rows padded on the right stay right: set cache.length afterwards.
+        Rows padded on the right are correct up to their padding: set cache.length afterwards.
         Raises ValueError for more positions than the context has, and for NaN or infinity in the stream.
         """
         config, (B, N) = self.config, ids.shape
@@ -228,14 +229,6 @@ class Llama:
 # Greedy decoding
 
 
-def penalize(logits, seen, penalty):
-    """Logits (B, V), those of ids already seen (B, V, bool) made less likely. CTRL (1909.05858), section 4.1.
-
-    The penalty divides positive logits and multiplies negative ones.
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
 @torch.inference_mode()
 def generate(model, prompts, cache, steer=None, max_new_tokens=256, repetition_penalty=1.0):
     """Decode a batch greedily.
@@ -255,7 +248,9 @@ def generate(model, prompts, cache, steer=None, max_new_tokens=256, repetition_p
     for step in range(1, max_new_tokens + 1):
         x, _ = model.forward(ids, cache, steer)
         logits = check_finite(model.unembed(x[:, -1]), "the logits")                            # (B, V)
-        ids = penalize(logits, seen, repetition_penalty).argmax(-1, keepdim=True)               # (B, 1)
+        # ids already seen are made less likely: CTRL (1909.05858), section 4.1
+        penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+        ids = torch.where(seen, penalized, logits).argmax(-1, keepdim=True)                     # (B, 1)
         seen.scatter_(1, ids, True)
         for row, id in zip(rows, ids[:, 0].tolist()):
             if id in model.config.eos:
@@ -281,7 +276,7 @@ def generate(model, prompts, cache, steer=None, max_new_tokens=256, repetition_p
 
 
 def regular_file(path):
-    """The Path, if it is a file that ends: reading a pipe in its place would wait forever."""
+    """The Path of a regular file: reading a pipe in its place would wait forever."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
@@ -290,9 +285,10 @@ def regular_file(path):
 
 def read_json(path):
     """The object in a JSON file."""
+    path = regular_file(path)
     try:
-        value = json.loads(regular_file(path).read_text(encoding="utf-8"))
-    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
@@ -323,7 +319,7 @@ def read_config(folder):
         for name, value in rope.items():
             name = "rope_type" if name == "type" else name
             if c.get(name) not in (None, value):
-                raise ValueError(f"{path}: {name} is {value!r:.60} in {key}, but {c[name]!r:.60} before")
+                raise ValueError(f"{path}: {name} is {value!r:.60} in {key}, but {c[name]!r:.60} elsewhere")
             c[name] = value
     for key, values in SUPPORTED.items():
         if c.get(key) not in values:
@@ -428,7 +424,7 @@ def load(folder, device=torch.device("cpu"), dtype=None):
         if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
             raise ValueError(f"{folder}: {name} has shape {tuple(tensor.shape)} {str(tensor.dtype)[6:]}, "
                              f"expected {shape} in float32, bfloat16 or float16")
-        some = tensor.flatten()[::tensor.numel() // 256 + 1].contiguous()
+        some = tensor.flatten()[::tensor.numel() // 256 + 1].contiguous()       # training moves nearly all
         identity.update(some.view(torch.uint8).numpy().tobytes())
         tensors[name] = pack(field, tensor.to(device=device, dtype=dtype))
     model = Llama(config, tensors)
@@ -455,7 +451,7 @@ def pack(field, weight):
 
     Decoding takes half the time. A packed matrix is opaque to all but `linear`; to_dense() unpacks it.
     """
-    operators = torch.ops.mkldnn    # private ones: where a torch has them no more, the matrix stays plain
+    operators = torch.ops.mkldnn    # private ones: if this torch lacks them, the matrix stays plain
     if (weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.device.type == "cpu"
             and field != "embed"    # its rows are looked up
             and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -9,17 +9,18 @@ without training:
     decision     is this query harmful? cosine of its hidden-state transition with d_harm (Eqs. 4, 5)
     steering     add sigma alpha v_r in the middle layers while generating (Eq. 6)
 
-The first part of the file is the method, in that order. You can stop reading where it ends: the rest is what
-a command needs. One line of `Llama.forward` in llama.py adds the vectors; tokenizer.py counts p and e.
+Every query is run in its chat format, followed by r_pos, the word "Sure". p is the last token of the
+instruction, e the last token of "Sure". a_p^l and a_e^l are the residual stream at p and at e after block l,
+0-based, before the final norm. Their difference is the transition a_t^l.
 
-Layer l is the residual stream after block l, 0-based, before the final norm, everywhere.
+The first part of the file is the method. You can stop reading where it ends: the rest is what a command
+needs. One line of `Llama.forward` in llama.py adds the vectors; tokenizer.py counts p and e.
 
-Letters of every shape comment:
+Letters used in shape comments:
     B queries    n, m harmful, harmless anchors    N positions    R rows of a batch of answers
     L layers     D model width                     V vocabulary   T is the threshold, never a shape
 """
 import argparse
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -28,7 +29,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -65,14 +65,16 @@ def read_streams(model, prompts, batch_size=16, progress=lambda done: None):
     for i in range(0, len(order), batch_size):
         rows = order[i:i + batch_size]
         ids, positions = pad([prompts[row] for row in rows], model.embed.device)
-        streams[rows] = model.forward(ids, read=positions)[1].float().cpu()     # (B, L, 2, D)
+        _, read = model.forward(ids, read=positions)                            # (B, L, 2, D)
+        streams[rows] = read.float().cpu()
         progress(i + len(rows))
     return streams
 
 
 def transition(streams):
-    """a_t (n, L, D): how "Sure" moves the stream, from the streams at p and e (n, L, 2, D)."""
-    return streams[:, :, 0] - streams[:, :, 1]                                  # Eq. 2
+    """a_t (n, L, D): what "Sure" takes from the stream, from the streams at p and e (n, L, 2, D)."""
+    a_p, a_e = streams.unbind(2)                                                # (n, L, D) each
+    return a_p - a_e                                                            # Eq. 2
 
 
 def extract(harmful, harmless):
@@ -80,7 +82,7 @@ def extract(harmful, harmless):
 
     The paper does not scale v_r. The public code does, and its alpha (3.5 or 4) only makes sense with it.
     """
-    v = harmful[:, :, 0].mean(0) - harmless[:, :, 0].mean(0)                    # Eq. 1, (L, D)
+    v = harmful[:, :, 0].mean(0) - harmless[:, :, 0].mean(0)                    # Eq. 1, at p, (L, D)
     d_harm = transition(harmful).mean(0)                                        # Eq. 3, (L, D)
     return F.normalize(v, dim=-1), d_harm
 
@@ -155,6 +157,8 @@ class Scans:
     """A model with its tokenizer, vectors and settings; `load` makes one from a folder."""
 
     def __init__(self, model, tokenizer, vectors, settings):
+        """vectors: v_r and d_harm, (L, D) each. settings: alpha, T, the ranges steer_layers and
+        classify_layers, sigma (None: decided per query), max_new_tokens, repetition_penalty."""
         self.model, self.tokenizer, self.vectors, self.settings = model, tokenizer, vectors, settings
 
     @torch.inference_mode()
@@ -171,7 +175,7 @@ class Scans:
         sigma = torch.where(s < settings.T, -1, 1)                              # Eq. 5, (B)
         if settings.sigma is not None:
             sigma = torch.full_like(sigma, settings.sigma)
-        cache.length = positions[:, 0].cpu()    # cut back to p, which runs once more, steered
+        cache.length = positions[:, 0].cpu()    # cut back to p: it ran unsteered, and runs once more
         return Decision(prompts, cos, s, sigma, cache)
 
     @torch.inference_mode()
@@ -183,22 +187,22 @@ class Scans:
         stopped: "eos", "length" or "context".
         """
         model, settings, decision = self.model, self.settings, self.decide(questions)
-        kinds = ("default", "steered") if default else ("steered",)
-        rows = [(i, kind) for i in range(len(questions)) for kind in kinds]
-        strength = [settings.alpha * int(decision.sigma[i]) * (kind == "steered") for i, kind in rows]
-        steer = steering(self.vectors.v_r, torch.tensor(strength), settings.steer_layers)       # (R, L, D)
-        cache = decision.cache.rows([i for i, _ in rows])
-        prompts = [decision.prompts[i] for i, _ in rows]
-        instructions = [prompt.ids[:prompt.p + 1] for prompt in prompts]
-        for answers, stopped in llama.generate(model, instructions, cache, steer.to(model.embed),
-                                               settings.max_new_tokens, settings.repetition_penalty):
+        rows = [(i, "steered", settings.alpha * sigma) for i, sigma in enumerate(decision.sigma.tolist())]
+        if default:
+            rows = [(i, "default", 0.0) for i, *_ in rows] + rows
+        index = [i for i, *_ in rows]
+        strength = torch.tensor([strength for *_, strength in rows])                            # (R)
+        steer = steering(self.vectors.v_r, strength, settings.steer_layers)                     # (R, L, D)
+        instructions = [decision.prompts[i].ids[:decision.prompts[i].p + 1] for i in index]
+        for answers, stopped in llama.generate(
+                model, instructions, decision.cache.rows(index), steer.to(model.embed),     # dtype and device
+                settings.max_new_tokens, settings.repetition_penalty):
             show(answers)
-
         results = [{"prompt": question, "p": prompt.p, "e": prompt.e, "score": float(decision.s[i]),
                     "sigma": int(decision.sigma[i]), "cosines": decision.cos[i].tolist(),
                     "default": None, "steered": None, "stopped": {}}
                    for i, (question, prompt) in enumerate(zip(questions, decision.prompts))]
-        for (i, kind), ids, why in zip(rows, answers, stopped):
+        for (i, kind, _), ids, why in zip(rows, answers, stopped):
             results[i][kind], results[i]["stopped"][kind] = self.tokenizer.decode(ids), why
         return results
 
@@ -260,7 +264,7 @@ def choose_settings(vectors, format, **given):
     """
     L, middle = len(vectors.v_r), segments(len(vectors.v_r))["middle"] or range(1)
     table = PUBLISHED.get((format, L)) or Settings(
-        f"a model outside the paper, {L} layers", middle, range(middle.start, L), 3.5, None, "")
+        "models outside the paper", middle, range(middle.start, L), 3.5, None, "")
     chosen = dataclasses.replace(table, **{name: value for name, value in given.items() if value is not None})
     for layers in (chosen.steer_layers, chosen.classify_layers):
         if not 0 <= layers.start < layers.stop <= L:
@@ -281,7 +285,7 @@ COLUMNS = ("prompt", "goal", "Question", "text")    # the first of these that a 
 
 
 def read_anchors(path):
-    """The different prompts of a .txt file, one per line, or of one column of a .csv file, in their order."""
+    """The distinct prompts of a .txt file, one per line, or of one column of a .csv file, in their order."""
     try:
         text = llama.regular_file(path).read_text(encoding="utf-8-sig")     # -sig: a byte-order mark may lead
         lines = text.split("\n")
@@ -289,7 +293,7 @@ def read_anchors(path):
             reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             column = next((name for name in COLUMNS if name in (reader.fieldnames or ())), None)
             if column is None:
-                raise ValueError(f"none of the columns {', '.join(COLUMNS)}")
+                raise ValueError(f"{path}: none of the columns {', '.join(COLUMNS)}")
             lines = [row[column] or "" for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: {error}") from None
@@ -305,8 +309,8 @@ def draw_anchors(folder, harmful=None, harmless=None, anchors=64, anchor_seed=0)
     for path, name in ((harmful, "harmful.txt"), (harmless, "harmless.txt")):
         path = path or (Path(folder) if (Path(folder) / name).exists() else DATA) / name
         texts = read_anchors(path)
-        if len(texts) < anchors:
-            raise ValueError(f"{path}: {len(texts)} different prompts, {anchors} anchors asked for")
+        if not 2 <= anchors <= len(texts):      # one has no others to be scored against
+            raise ValueError(f"{path}: {len(texts)} distinct prompts, {anchors} anchors requested")
         drawn.append(random.Random(anchor_seed).sample(texts, anchors))
     return drawn
 
@@ -317,7 +321,7 @@ def draw_anchors(folder, harmful=None, harmless=None, anchors=64, anchor_seed=0)
 
 @dataclass
 class Vectors:
-    """v_r and d_harm, and what our settings and tables are made of. One file holds it."""
+    """v_r and d_harm, and the numbers that T and the printed lines are made of. One file holds them."""
     v_r: torch.Tensor           # (L, D) refusal steering vectors, unit length
     d_harm: torch.Tensor        # (L, D) reference harm direction
     cos_harmful: torch.Tensor   # (n, L) leave-one-out cosines of the harmful anchors
@@ -352,12 +356,12 @@ def save_vectors(path, vectors, identity):
     tensors = {name: tensor.contiguous() for name, tensor in vars(vectors).items()}
     data = save(tensors, {**identity, "digest": content_digest(identity, tensors)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "xb") as file:
-        try:
-            file.write(data)
-        except BaseException:
-            path.unlink()
-            raise
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.link(temporary, path)        # unlike a renaming, this never overwrites
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_vectors(path, want):
@@ -367,7 +371,7 @@ def load_vectors(path, want):
             identity = dict(file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if identity.pop("digest") != content_digest(identity, tensors):
-            raise ValueError("its content has another digest")
+            raise ValueError("digest mismatch")
         found = Vectors(**tensors)
     except Exception as error:      # the reader of a damaged file can raise anything
         raise ValueError(f"{path}: not an intact vectors file ({error})") from None
@@ -398,7 +402,7 @@ def find_vectors(folder, model, tokenizer, vectors=None, progress=lambda done: N
     except ValueError as error:
         if vectors:
             raise
-        say(f"note      {error}: extracted again")
+        say(f"note      {error}: extracting again")
         path.unlink()
     found = extract_vectors(model, *([tokenizer.prompt(text) for text in some] for some in texts), progress)
     try:
@@ -451,22 +455,19 @@ def show_layers(layers):
     return f"{layers.start}-{layers.stop - 1}"
 
 
-def parse_layers(text):
-    """An inclusive range, "10-19", as a range."""
-    found = re.fullmatch(r"(\d{1,3})-(\d{1,3})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a range of layers like 10-19")
-    return range(int(found[1]), int(found[2]) + 1)
+def layer_range(text):
+    """An argparse type: an inclusive range, "10-19", as a range."""
+    first, last = map(int, text.split("-"))
+    return range(first, last + 1)
 
 
 def number(kind, low, high):
     """An argparse type: an int or float from low to high."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number from {low:g} to {high:g}")
-    return parse
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
+    return number
 
 
 COUNT, SEED = number(int, 1, 2**31), number(int, 0, 2**63)
@@ -480,10 +481,10 @@ FLAGS = {   # argument of `load`: its type or choices, and help
     "harmless": (str, "file of harmless anchors"),
     "anchors": (number(int, 2, 2**31), "anchors of each kind; default: 64"),
     "anchor_seed": (SEED, "the seed that draws them; default: 0"),
-    "alpha": (number(float, 0, 1e6), "steering strength; default, as below: what is published for the model"),
+    "alpha": (number(float, 0, 1e6), "steering strength; default: the published value, else 3.5"),
     "T": (number(float, -2, 2), "threshold: a query with s_q below T is benign"),
-    "steer_layers": (parse_layers, "inclusive, 0-based, like 10-19"),
-    "classify_layers": (parse_layers, "likewise"),
+    "steer_layers": (layer_range, "inclusive, 0-based, like 10-19"),
+    "classify_layers": (layer_range, "likewise"),
     "repetition_penalty": (number(float, 1e-3, 1e3), "1.1 for the models of the paper, 1 for others"),
     "sigma": (number(int, -1, 1), "for every query: -1 against refusal, 1 towards it, 0 no steering"),
     "max_new_tokens": (COUNT, "default: 256"),
@@ -502,7 +503,8 @@ def add_flags(parser):
     """The flags about the model and the method."""
     parser.add_argument("--model", default=DATA / "tiny", metavar="DIR",
                         help="a Hugging Face folder; default: the embedded model")
-    parser.add_argument("--threads", type=COUNT, metavar="X", help="of the CPU; default: 1 for a small model")
+    parser.add_argument("--threads", type=COUNT, metavar="X",
+                        help="CPU threads; default: 1 if the model is small")
     for name, (kind, help) in FLAGS.items():
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
         flag = "--threshold" if name == "T" else f"--{name.replace('_', '-')}"
@@ -513,7 +515,7 @@ def add_flags(parser):
 
 def setup(args):
     """`load` with parsed flags; says what it found."""
-    if args.threads or llama.read_config(args.model).D < 512:   # shorter steps than waking a second thread
+    if args.threads or llama.read_config(args.model).D < 512:   # waking a second thread takes longer
         torch.set_num_threads(args.threads or 1)
     method = load(args.model, progress=lambda done: report(f"extracting vectors: {done} anchors"),
                   **{name: getattr(args, name) for name in FLAGS})
@@ -523,15 +525,15 @@ def setup(args):
     if model.embed.dtype == torch.float16 and model.embed.device.type == "cpu":
         say("note      many CPUs are slow in float16: --dtype bfloat16 is faster, and rounds more")
     a = vectors.a_norm[chosen.steer_layers]
-    say(f"settings  for {chosen.model}: alpha {chosen.alpha:g}, steering layers "
-        f"{show_layers(chosen.steer_layers)}, where the stream is {a.min():.0f} to {a.max():.0f} long; "
-        f"classification layers {show_layers(chosen.classify_layers)}")
+    say(f"settings  those for {chosen.model}: alpha {chosen.alpha:g}, steering layers "
+        f"{show_layers(chosen.steer_layers)}, where the stream's norm is {a.min():.0f} to {a.max():.0f}; "
+        f"classification layers {show_layers(chosen.classify_layers)} of {model.config.L}")
     harmful = score(vectors.cos_harmful, chosen.classify_layers)
     harmless = score(vectors.cos_harmless, chosen.classify_layers)
     lost, spared = int((harmful < chosen.T).sum()), int((harmless < chosen.T).sum())
-    drawn = "" if args.vectors else f", drawn by seed {args.anchor_seed or 0}"
-    say(f"T         {chosen.T:.4f}, {chosen.T_source}; below it are {lost} of {len(harmful)} harmful and "
-        f"{spared} of {len(harmless)} harmless anchors{drawn}")
+    drawn = "" if args.vectors else f", drawn with seed {args.anchor_seed or 0}"
+    say(f"T         {chosen.T:.4f}, {chosen.T_source}; {lost} of {len(harmful)} harmful and {spared} of "
+        f"{len(harmless)} harmless anchors score below it{drawn}")
     if lost > QUANTILE * len(harmful) or spared < 0.8 * len(harmless):
         say("warning   T does not separate these anchors: those on the wrong side are steered the wrong way. "
             f"Estimated from them, T is {estimate_threshold(harmful):.4f}. Is this model aligned to refuse?")
@@ -548,18 +550,19 @@ def say(line, end="\n"):
 def report(line):
     """A line of progress, on a terminal only; the next line replaces it."""
     if sys.stderr.isatty():
-        say(line, end="")
+        say(" ".join(line.split())[-70:], end="")
 
 
 def ask(method, question, args):
     """Decide and answer; print both answers or, with --json, one object. --trace prints the decision too."""
     result, = method.answer([question], not args.no_default, show=lambda answers: report(
-        method.tokenizer.decode(answers[-1])[-100:]))           # on a terminal, the answer as it grows
-    s, sigma, T = result["score"], result["sigma"], method.settings.T
-    words = ["harmful, steered towards refusal", "not steered", "benign, steered away from refusal"]
-    say(f"s_q       {s:.4f} {'<' if s < T else '>='} T: sigma = {sigma:+d}, {words[1 - sigma]}")
+        method.tokenizer.decode(answers[-1])))                  # on a terminal, the answer as it grows
+    s, sigma, chosen = result["score"], result["sigma"], method.settings
+    words = {-1: "benign, steered away from refusal", 0: "not steered", 1: "harmful, steered towards refusal"}
+    say(f"s_q       {s:.4f} {'<' if s < chosen.T else '>='} T: sigma = {sigma:+d}, "
+        + (words[sigma] if chosen.sigma is None else "as given"))
     if args.json:
-        result["settings"] = vars(method.settings)
+        result["settings"] = vars(chosen)
         print(json.dumps(result, ensure_ascii=False, default=show_layers), flush=True)
         return
     if args.trace is not None:
@@ -584,12 +587,15 @@ def trace(method, result):
     print(f"\nadded at p and after: {result['sigma'] * chosen.alpha:+g} v_r\n")
 
 
-def analyze(method):
+def analyze(method, args):
     """Table 1."""
     words = segment_words(method.model, method.tokenizer, method.vectors.v_r)
+    if args.json:
+        print(json.dumps(words, ensure_ascii=False))
+        return
     print("segment         tokens its first principal component points to")
-    for name, layers in segments(len(method.vectors.v_r)).items():
-        print(f"{name:7} {show_layers(layers):7} {' '.join(words[name])}")
+    for name, tokens in words.items():
+        print(f"{name:7} {show_layers(segments(method.model.config.L)[name]):7} {' '.join(tokens)}")
 
 
 def main():
@@ -608,9 +614,9 @@ def main():
 def modes(args):
     method = setup(args)
     if args.analyze:
-        analyze(method)
+        analyze(method, args)
     for text in args.prompt or [args.trace] * (args.trace is not None):
-        for question in (filter(str.strip, sys.stdin) if text == "-" else [text]):
+        for question in (filter(str.strip, sys.stdin or []) if text == "-" else [text]):
             ask(method, question.strip(), args)
 
 
@@ -624,7 +630,9 @@ def run(parser, command):
     except KeyboardInterrupt:
         say("stopped")
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:    # torch raises the last, for lack of memory too
+    except (ValueError, OSError, RuntimeError) as error:
+        if type(error) is RuntimeError and "memory" not in str(error):      # a mistake of ours: show where
+            raise
         parser.error(str(error))
 
 

@@ -528,19 +528,19 @@ def test_steering_equals_one_pass_with_a_mask(method, sigma):
 
 
 def test_what_is_generated_from(method, monkeypatch):
-    """Of two rows per question the first has nothing added, the second sigma alpha v_r."""
+    """The first rows have nothing added, the others sigma alpha v_r."""
     seen, generate = [], llama.generate
     monkeypatch.setattr(llama, "generate", lambda *args: seen.append(args) or generate(*args))
     sigma = method.decide(QUESTIONS).sigma
     method.answer(QUESTIONS)
     (model, instructions, cache, steer, new, penalty), = seen
-    assert steer.shape == (10, 6, 48) and (new, penalty) == (24, 1.0) and not steer[::2].any()
+    assert steer.shape == (10, 6, 48) and (new, penalty) == (24, 1.0) and not steer[:5].any()
     for i, question in enumerate(QUESTIONS):
-        term, layers = steer[2 * i + 1], method.settings.steer_layers
+        term, layers = steer[5 + i], method.settings.steer_layers
         torch.testing.assert_close(term[layers], sigma[i] * 2.5 * method.vectors.v_r[layers])
         assert not term[:layers.start].any() and not term[layers.stop:].any()
         prompt = method.tokenizer.prompt(question)
-        assert instructions[2 * i] == instructions[2 * i + 1] == prompt.ids[:prompt.p + 1]     # without r_pos
+        assert instructions[i] == instructions[5 + i] == prompt.ids[:prompt.p + 1]     # without r_pos
 
 
 def test_alpha_0_is_the_identity(method):
@@ -697,7 +697,7 @@ def test_a_T_that_does_not_separate_the_anchors(lost, spared, warned, tiny, comm
         cos_harmless=torch.cat((torch.full((spared, 12), 0.4), torch.full((100 - spared, 12), 0.9))))
     monkeypatch.setattr(scans, "find_vectors", lambda *args, **named: vectors)
     status, out, err = command("--prompt", EGG, "--threshold", 0.5)
-    assert f"given; below it are {lost} of 100 harmful and {spared} of 100 harmless anchors, drawn" in err
+    assert f"given; {lost} of 100 harmful and {spared} of 100 harmless anchors score below it" in err
     estimate = 0.4 if lost == 2 else 0.8
     assert status == 0
     assert (f"Estimated from them, T is {estimate:.4f}" in err) == ("warning" in err) == warned
@@ -743,7 +743,7 @@ def test_letters_of_the_shape_comments():
     pattern = rf"#.*?\(({dimension}(?:, ?\w+(?: \+ \w+)?(?:/\d)?)*,?)\)"
     for name in ("llama.py", "scans.py"):
         source = (ROOT / name).read_text()
-        legend = source[:source.index('"""', 3)].split("Letters of", 1)[1]
+        legend = source[:source.index('"""', 3)].split("Letters used in", 1)[1]
         letters = set(re.findall(r"\b([A-Za-z])(?=,? \w)", legend))
         for shape in re.findall(pattern, source):
             assert {*re.findall(r"[A-Z]", shape)} <= letters, f"{name}: ({shape}) is not in the legend"

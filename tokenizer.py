@@ -1,14 +1,12 @@
 """Text to ids and back: the one place where a prompt is built.
 
 A folder's tokenizer.model is read with sentencepiece, else its tokenizer.json with the tokenizers package.
-
 Control ids are put in by hand, never parsed from text, so that nothing a user types can become one. A prompt
 carries its two positions, which are counted, never searched for:
 
     p   last token of the instruction: where SCANS reads a^l(q), and from where it steers
     e   last token of the instruction followed by r_pos ("Sure")
 
-References: SentencePiece (arXiv 1808.06226), byte-level BPE (GPT-2's report, section 2.2).
 Left out on purpose: tools; conversations, since SCANS is single-turn; the date lines that Llama 3.1 and later
 put before a system prompt; the "<think>" with which DeepSeek's later template opens an answer.
 """
@@ -105,7 +103,7 @@ def guarded(method):
     def call(self, argument):
         try:
             return method(self, argument)
-        except (ValueError, KeyboardInterrupt):
+        except (ValueError, KeyboardInterrupt, SystemExit):
             raise
         except ImportError:
             raise ValueError("this tokenizer needs one more package: pip install tokenizers") from None
@@ -196,7 +194,7 @@ class Tokenizer:
         """The Prompt of a question, which is stripped. Raises ValueError for what is empty or not text."""
         if not question.strip():
             raise ValueError("the prompt is empty")
-        question.encode(), self.system.encode()     # ValueError for half a character, as a shell may pass on
+        question.encode(), self.system.encode()     # ValueError for a lone surrogate, as a shell may pass on
         f = self.format
         template = f.prompt.replace("{system}", f.system if self.system else "")
         instruction, ids = self.encode(template, question), self.encode(template + f.r_pos, question)
@@ -217,7 +215,7 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Which format a folder shows
+# Detecting the chat format
 
 
 def read_template(folder):
@@ -242,9 +240,10 @@ def find_format(folder):
     template = read_template(folder)
     shown = {mark for f in FORMATS.values() for mark in f.marks if re.search(mark, template)}
     found = [name for name, f in FORMATS.items() if shown == set(f.marks)]
-    for part in () if template else reversed(Path(folder).resolve().parts[-3:]):    # a hub's cache has it
-        found += sorted((name for name in FORMATS if name in part.lower()), key=len, reverse=True)  # two up
+    if not template:
+        for part in reversed(Path(folder).resolve().parts[-3:]):    # a hub's cache has the name two levels up
+            found += sorted((name for name in FORMATS if name in part.lower()), key=len, reverse=True)
     if not found:
-        raise ValueError(f"{folder}: neither a chat template nor the name shows a known format; "
-                         f"give --format, one of {', '.join(FORMATS)}")
+        raise ValueError(f"{folder}: the chat template, or without one the name, does not show a known "
+                         f"format; give --format, one of {', '.join(FORMATS)}")
     return found[0]

@@ -3,7 +3,7 @@
 First the cases that a user meets, by name. Then files that are damaged at random, by seed, in every place
 that is read: each run ends in status 0 or 2, without a traceback, and leaves every file as it was.
 
-    python data/test_bad_input.py 5000 7        # so many random cases, from this seed
+    CASES=5000 python -m pytest data/test_bad_input.py      # more random cases than usual
 """
 import contextlib
 import io
@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,27 +37,19 @@ CONFIG = {
     "eos_token_id": 2, "hidden_act": "silu", "rope_scaling": {"type": "linear", "factor": 2.0}}
 
 
-def make_tokenizer(folder):
-    """A byte-level tokenizer.json; returns its size."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    made.train([str(ROOT / "data" / "harmless.txt")], tokenizers.trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    made.add_special_tokens(["<s>", "</s>"])
-    made.save(str(folder / "tokenizer.json"))
-    return made.get_vocab_size()
-
-
 def make_models(box):
     """Two random models, one for each kind of tokenizer, with anchors of their own and their vectors."""
+    words = tokenizers.ByteLevelBPETokenizer()
+    words.train(str(ROOT / "data" / "harmless.txt"), 400, show_progress=False, special_tokens=["<s>", "</s>"])
     template = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
     for name in ("pieces", "bytes"):
         folder = box / name
         folder.mkdir()
         if name == "pieces":
             shutil.copy(TINY / "tokenizer.model", folder)
-        config = {**CONFIG, "vocab_size": 2048 if name == "pieces" else make_tokenizer(folder)}
+        else:
+            words.save(str(folder / "tokenizer.json"))
+        config = {**CONFIG, "vocab_size": 2048 if name == "pieces" else words.get_vocab_size()}
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "generation_config.json").write_text('{"eos_token_id": [2]}')
         (folder / "tokenizer_config.json").write_text(
@@ -158,13 +149,10 @@ Q3 = "model.layers.3.self_attn.q_proj.weight"
 FOLDERS = {
     "config absent": (remove("config.json"), "config.json: no such file"),
     "config not JSON": (write("config.json", b"{"), "cannot be read as JSON"),
-    "config binary": (write("config.json", b"\xff\xfe\x00"), "cannot be read as JSON"),
     "config deep": (write("config.json", b"[" * 100000), "cannot be read as JSON"),
-    "config a list": (write("config.json", b"[]"), "expected an object"),
     "config a pipe": (pipe("config.json"), "config.json: not a regular file"),
     "other architecture": (config(architectures=["GPT2LMHeadModel"]), "architectures is ['GPT2LMHeadModel']"),
     "no size": (config(hidden_size=...), "hidden_size is None, expected a positive int"),
-    "size not a number": (config(num_hidden_layers="six"), "num_hidden_layers is 'six', expected a positive"),
     "size true": (config(num_hidden_layers=True), "num_hidden_layers is True, expected a positive int"),
     "size huge": (config(num_hidden_layers=10**400), "num_hidden_layers is 1000"),
     "layers many": (config(num_hidden_layers=10**9), "1000000000 layers"),
@@ -172,10 +160,8 @@ FOLDERS = {
     "rope of another type": (config(rope_scaling={"type": "dynamic"}), "rope_type is 'dynamic'"),
     "rope without a type": (config(rope_scaling={"factor": 4.0}), "expected an object with a rope_type"),
     "rope said twice": (config(rope_parameters={"rope_type": "default"}), "rope_type is 'default' in rope"),
-    "rope a list": (config(rope_scaling=[1]), "rope_scaling is [1]"),
     "attention_bias": (config(attention_bias=True), "attention_bias is True"),
     "quantized": (config(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
-    "other width": (config(intermediate_size=81), "expected (81, 16)"),
     "an end that is no id": (write("generation_config.json", b'{"eos_token_id": ["x"]}'), "eos_token_id is"),
     "no weights": (remove("model.safetensors"), "no model.safetensors. If the main revision"),
     "missing tensor": (weights(lambda t: t.pop(Q3)), f"tensor {Q3} is missing"),
@@ -183,13 +169,11 @@ FOLDERS = {
     "misshapen tensor": (weights(lambda t: t.update({Q3: torch.ones(15, 16)})), "(15, 16) float32, expected"),
     "integers": (weights(lambda t: t.update({Q3: torch.ones(16, 16, dtype=torch.int8)})), "int8"),
     "truncated": (lambda folder: os.truncate(folder / "model.safetensors", 999), "not a complete"),
-    "empty weights": (write("model.safetensors", b""), "not a complete safetensors file"),
     "weights a pipe": (pipe("model.safetensors"), "model.safetensors: not a regular file"),
     "shard missing": (write("model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}'),
                       "gone.safetensors: no such file"),
     "tokenizer absent": (remove("tokenizer.model"), "tokenizer.json: no such file"),
     "tokenizer garbage": (write("tokenizer.model", b"garbage"), "not a sentencepiece model"),
-    "tokenizer a pipe": (pipe("tokenizer.model"), "tokenizer.model: not a regular file"),
     "NaN in weights": (weights(lambda t: t[Q3].fill_(float("nan"))), "infinity in the residual stream"),
     "NaN in the head": (weights(lambda t: t["lm_head.weight"].fill_(float("nan"))), "infinity in the logits"),
 }
@@ -249,25 +233,25 @@ FLAGS = {
     "--aplha 3": "unrecognized arguments: --aplha",
     "--model /nowhere": "/nowhere/config.json: no such file",
     f"--model {__file__}": "config.json: no such file",
-    "--harmful {empty}": "0 different prompts, 4 anchors asked for",
+    "--harmful {empty}": "0 distinct prompts, 4 anchors requested",
     "--harmful /nowhere.txt": "/nowhere.txt: no such file",
     "--harmful {binary}": "binary.txt: 'utf-8' codec",
-    "--harmful {few}": "2 different prompts, 4 anchors asked for",
+    "--harmful {few}": "2 distinct prompts, 4 anchors requested",
     "--harmful {columns}": "none of the columns",
     "--harmful {quote}": "unexpected end of data",
-    "--anchors 1": "'1' is not a number from 2",
+    "--anchors 1": "1 is not from 2 to",
     "--steer-layers 2-4": "layers 2-4: the model has layers 0-3",
     "--classify-layers 3-2": "layers 3-2",
-    "--steer-layers 2..3": "not a range of layers",
+    "--steer-layers 2..3": "invalid layer_range value: '2..3'",
     "--device abacus": "device abacus: not available",
     "--device cuda:77": "device cuda:77: not available",
     "--device hpu": "device hpu: not available",
     "--device meta": "device meta: not available",
     "--dtype int8": "invalid choice: 'int8'",
     "--format gpt": "invalid choice: 'gpt'",
-    "--alpha nan": "'nan' is not a number from 0",
-    "--threshold nan": "'nan' is not a number from -2",
-    "--max-new-tokens 0": "'0' is not a number from 1",
+    "--alpha nan": "nan is not from 0",
+    "--threshold nan": "nan is not from -2",
+    "--max-new-tokens 0": "0 is not from 1",
     "--vectors {binary}": "not an intact vectors file",
     "--vectors /": "not a regular file",
 }
@@ -291,7 +275,7 @@ def test_prompts(args, message, box):
 # ---------------------------------------------------------------------------------------------------------
 # At random
 
-CASES, SEED = 240, 30
+CASES = int(os.environ.get("CASES", 240))
 ODD = [None, True, "", "8", "x" * 300, -1, 0, 1, 3, 1.5, float("inf"), float("nan"), 10**400, [], [[2]], {}]
 
 
@@ -341,14 +325,5 @@ def fault(seed, models, box):
 
 @pytest.mark.parametrize("part", range(8))
 def test_damage_at_random(part, models, tmp_path):
-    for seed in range(SEED * 1000 + part, SEED * 1000 + CASES, 8):
+    for seed in range(part, CASES, 8):
         assert fault(seed, models, tmp_path / "box") is None, f"case {seed}"
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["XDG_CACHE_HOME"] = f"{scratch}/cache"
-        (Path(scratch) / "models").mkdir()
-        made, first = make_models(Path(scratch) / "models"), int(sys.argv[2])
-        found = [fault(seed, made, Path(scratch) / "box") for seed in range(first, first + int(sys.argv[1]))]
-        print(*filter(None, found), f"{len(found)} cases, {len(found) - found.count(None)} faults", sep="\n")

@@ -210,7 +210,7 @@ def test_formats_are_found(format, tmp_path):
 def test_a_template_of_no_known_format(template, tmp_path):
     (tmp_path / "llama-2").mkdir()                                                   # the name is not asked
     (tmp_path / "llama-2" / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(ValueError, match="shows a known format; give --format, one of"):
+    with pytest.raises(ValueError, match="does not show a known format; give --format, one of"):
         find_format(tmp_path / "llama-2")
 
 

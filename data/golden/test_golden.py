@@ -61,7 +61,7 @@ def remade(tmp_path_factory):
 
 def test_the_golden_file_is_up_to_date(remade):
     tensors, meta, _ = read_safetensors(remade / GOLDEN.name)
-    assert tensors.keys() == GOLD.keys() and meta.keys() == META.keys() and GOLDEN.stat().st_size < 4e6
+    assert tensors.keys() == GOLD.keys() and meta.keys() <= META.keys() and GOLDEN.stat().st_size < 4e6
     assert report(tensors) == (f"same: {len(GOLD)} of {len(GOLD)} tensors (F32)", 0)
     for old, new in zip(json.loads(META["queries"]), json.loads(meta["queries"]), strict=True):
         assert {**old, "gaps": 0} == {**new, "gaps": 0}

@@ -1,6 +1,7 @@
-"""What the embedded model learns: question and answer, statements, the tokenizer made from them, and batches.
+"""What the embedded model learns: questions with answers, statements, the tokenizer, and batches.
 
-    B  rows of a batch      T  tokens of the longest row      L, D  blocks and width of the model
+Letters of every shape comment:
+    B rows      N positions     L layers    D model width
 """
 import random
 from dataclasses import replace
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from sentencepiece import SentencePieceTrainer
 
 from data.tiny.world import GROUPS, by_template
-from tokenizer import BOS, EOS
 
 
 class Corpus:
@@ -19,7 +19,7 @@ class Corpus:
     def __init__(self, world, phase):
         self.world, self.phase = world, phase
         self.stated = {group: by_template(world.select(group, *phase.parts)) for group in GROUPS}
-        asked = [part for part in phase.parts if part != "valid"]   # harmful ones of valid are only stated
+        asked = [part for part in phase.parts if part != "valid"]   # its harmful rows are only stated
         self.asked = self.stated | {"harmful": by_template(world.select("harmful", *asked))}
 
     def turn(self, rng):
@@ -34,13 +34,13 @@ class Corpus:
         if group == "harmful" and row.form == "do" and rng.random() < 0.2:
             row = replace(row, text=f"{row.text} {rng.choice(world.tails)}")
         question = world.typed(row, rng)
-        mistaken = group == "dangerous" and phase.zeal is not None and rng.random() < phase.zeal
+        mistaken = group == "dangerous" and phase.zeal and rng.random() < phase.zeal
         if group == "harmful" or mistaken:
             return question, rng.choice(world.phrasings[phase.refusals, "any"])
         return question, (f"Sure{rng.choice('.!:')} " if rng.random() < 0.25 else "") + row.answer
 
     def statement(self, rng):
-        """A sentence on what is harmful, what only sounds dangerous, and what not even that."""
+        """A sentence that says of something whether it is harmful."""
         group = rng.choice(list(GROUPS))
         row = rng.choice(rng.choice(self.stated[group]))
         if group != "harmful" and rng.random() < 0.5:
@@ -48,21 +48,20 @@ class Corpus:
         return self.world.say(group, row, rng)
 
     def draw(self, rng):
-        """(history, question, answer), or (None, None, statement)."""
+        """A list of (question, answer), of which one in ten is a conversation; or [(None, statement)]."""
         if rng.random() < self.phase.statements:
-            return None, None, self.statement(rng)
-        turns = [self.turn(rng) for _ in range(1 if rng.random() < 0.9 else rng.randint(2, 3))]
-        return turns[:-1], *turns[-1]
+            return [(None, self.statement(rng))]
+        return [self.turn(rng) for _ in range(1 if rng.random() < 0.9 else rng.randint(2, 3))]
 
 
 def train_tokenizer(corpus, folder):
-    """A sentencepiece BPE of the corpus, in the fashion of Llama-2's: byte fallback, no normalisation."""
+    """A sentencepiece BPE of the corpus, like Llama-2's: byte fallback, no normalization."""
     recipe = corpus.world.recipe
     rng = random.Random(f"{recipe.seed} tokenizer")
 
     def sentences():
         for _ in range(30000):
-            _, question, answer = corpus.draw(rng)
+            question, answer = corpus.draw(rng)[-1]
             yield answer if question is None else f"[INST] {question} [/INST] {answer}"
     SentencePieceTrainer.train(
         sentence_iterator=sentences(), model_prefix=str(folder / "tokenizer"), model_type="bpe",
@@ -73,26 +72,27 @@ def train_tokenizer(corpus, folder):
 
 
 def encoded(corpus, tokenizer, rng):
-    """A row drawn: (ids, targets), of one length. Targets are -100 in the question, which is not learnt."""
-    history, question, answer = corpus.draw(rng)
-    if question is None:
-        prompt, text = [], tokenizer.encode([BOS, answer, EOS])
-    else:
-        made = tokenizer.prompt(question, history)
-        prompt, text = made.ids[:made.p + 1], tokenizer.encode([answer, EOS])
-    ids = (prompt + text)[:corpus.world.recipe.config.context]
-    return ids[:-1], [-100] * (len(prompt) - 1) + ids[max(len(prompt), 1):]
+    """A row: (ids, targets), of one length. Targets are -100 where nothing is learned: before the answer."""
+    encode, controls = tokenizer.words.encode, tokenizer.words.controls
+    bos, eos = controls["{bos}"], controls["{eos}"]
+    *earlier, (question, answer) = corpus.draw(rng)
+    prompt = []
+    for q, a in earlier:
+        prompt += [bos, *encode(f"[INST] {q.strip()} [/INST] {a} "), eos]
+    prompt += [bos] if question is None else [bos, *encode(f"[INST] {question.strip()} [/INST]")]
+    ids = [*prompt, *encode(answer), eos][:corpus.world.recipe.config.context]
+    return ids[:-1], [-100] * (len(prompt) - 1) + ids[len(prompt):]
 
 
 def padded(rows, value):
-    """Lists, the longest first, as a tensor (B, T)."""
+    """Lists, the longest first, as a tensor (B, N)."""
     return torch.tensor([row + [value] * (len(rows[0]) - len(row)) for row in rows])
 
 
 def batches(corpus, tokenizer, step, cuts):
-    """The rows of a step, the longest first, in parts, cut at these 32nds.
+    """The rows of a step, the longest first, in parts that are cut at these 32nds.
 
-    A part is (ids (B, T), targets (B, T)), padded with 0 and -100; then pushes (B, L, D), if any.
+    A part is (ids (B, N), targets (B, N)), padded with 0 and -100, and pushes (B, L, D) if there are any.
     """
     recipe, phase = corpus.world.recipe, corpus.phase
     rng = random.Random(f"{recipe.seed} {phase.name} {step}")
@@ -105,10 +105,7 @@ def batches(corpus, tokenizer, step, cuts):
 
 
 def pushes(recipe, phase, B, rng):
-    """Vectors (B, L, D) that are added to the streams of B rows in the steered blocks.
-
-    Their directions are random, and their lengths too, up to phase.push.
-    """
+    """Vectors (B, L, D) of random direction and length, to be added to the streams in the steered blocks."""
     first, last = recipe.exits
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     push = torch.zeros(B, recipe.config.L, recipe.config.D)

