@@ -120,13 +120,14 @@ class Scans(scans.Scans):
         s = scans.score(cos, settings.classify_layers)                                  # (B)
         sigma = [(-1 if x < settings.T else 1) if settings.sigma is None else settings.sigma for x in s]
         results = [{"prompt": questions[i], "p": prompt.p, "e": prompt.e, "score": float(s[i]),
-                    "sigma": int(sigma[i]), "cosines": cos[i].tolist(),
+                    "sigma": sigma[i], "cosines": cos[i].tolist(),
                     "default": None, "steered": None, "stopped": {}} for i, prompt in enumerate(prompts)]
-
-        rows = [(i, kind) for i in range(len(prompts)) for kind in ("default", "steered")[not default:]]
-        strength = torch.tensor([settings.alpha * int(sigma[i]) * (kind == "steered") for i, kind in rows])
+        rows = [(i, "steered", settings.alpha * direction) for i, direction in enumerate(sigma)]
+        if default:
+            rows = [(i, "default", 0.0) for i, *_ in rows] + rows
+        strength = torch.tensor([strength for *_, strength in rows])                            # (R)
         steer = scans.steering(self.vectors.v_r, strength, settings.steer_layers)               # (R, L, D)
-        ids = [prompts[i].ids[:prompts[i].p + 1] for i, _ in rows]
+        ids = [prompts[i].ids[:prompts[i].p + 1] for i, *_ in rows]
         N = max(map(len, ids))
         mask = torch.tensor([[0] * (N - len(row)) + [1] * len(row) for row in ids], device=device)
         # The padding is the row's own first id: the repetition penalty of transformers counts it like text.
@@ -143,7 +144,7 @@ class Scans(scans.Scans):
                               max_new_tokens=settings.max_new_tokens, stopping_criteria=[watch],
                               repetition_penalty=settings.repetition_penalty,
                               eos_token_id=end, pad_token_id=end[0])
-        for (i, kind), row in zip(rows, ids[:, N:].tolist()):
+        for (i, kind, _), row in zip(rows, ids[:, N:].tolist()):
             stop = next((n for n, id in enumerate(row) if id in end), None)
             results[i][kind] = self.tokenizer.decode(row[:stop])
             results[i]["stopped"][kind] = "length" if stop is None else "eos"
@@ -176,8 +177,7 @@ def command(args):
     chosen, vectors = method.settings, method.vectors
     below = [f"{int((scans.score(cos, chosen.classify_layers) < chosen.T).sum())} of {len(cos)}"
              for cos in (vectors.cos_harmful, vectors.cos_harmless)]
-    scans.say(f"settings  {chosen}")
-    scans.say(f"T         below it are {below[0]} harmful and {below[1]} harmless anchors")
+    scans.say(f"settings  {chosen}; below T are {below[0]} harmful and {below[1]} harmless anchors")
     for question in args.prompt:
         scans.ask(method, question, args)
 

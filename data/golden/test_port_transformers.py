@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import scans
-from data import smollm2
 from data.golden import port_transformers as port
 from data.golden.compare import GOLDEN, Comparison, read_safetensors
 from data.golden.make import QUERIES, int32
+from data.smollm2.__main__ import write_folder
 from tokenizer import Tokenizer
 
 TINY = ROOT / "data" / "tiny"
@@ -95,7 +95,7 @@ def test_its_held_out_answers_are_those_of_the_core(penalty, ported, tmp_path):
 
 def test_the_scores_of_smollm2_agree(tmp_path):
     try:
-        smollm2.write_folder(tmp_path / "smollm2")
+        write_folder(tmp_path / "smollm2")
     except ValueError as error:
         pytest.skip(str(error))
     core, theirs = (module.load(tmp_path / "smollm2", vectors=tmp_path / f"{module.__name__}.safetensors",
@@ -137,7 +137,7 @@ def test_steering_of_other_families_is_eq_6_and_nothing_else(family, dtype, tmp_
         results = theirs.answer(HELD_OUT[:3])
     sigma = [result["sigma"] for result in results]
     assert sorted(sigma) == [-1, 1, 1]
-    strength = torch.tensor([part for s in sigma for part in (0, s * chosen.alpha)])        # of six rows
+    strength = torch.tensor([0, 0, 0] + sigma) * chosen.alpha               # of the six rows
     steer = scans.steering(theirs.vectors.v_r, strength, chosen.steer_layers).to(getattr(torch, dtype))
     for l in range(6):
         assert len(before[l]) == 6
@@ -145,11 +145,11 @@ def test_steering_of_other_families_is_eq_6_and_nothing_else(family, dtype, tmp_
             expected = x.clone()
             expected[:, -1] += steer[:, l]
             assert torch.equal(y, expected)
-        difference = after[l][1][1::2] - after[l][1][::2]                   # of the prompt, (3, N, D)
+        difference = after[l][1][3:] - after[l][1][:3]                      # of the prompt, (3, N, D)
         assert not any(row[-1 - result["p"]:-1].any() for row, result in zip(difference, results))
         if l == chosen.steer_layers[0]:
             rounding = torch.finfo(steer.dtype).eps * float(after[l][1].abs().max())
-            torch.testing.assert_close(difference[:, -1], steer[1::2, l], rtol=0, atol=rounding)
+            torch.testing.assert_close(difference[:, -1], steer[3:, l], rtol=0, atol=rounding)
     theirs.settings = dataclasses.replace(chosen, alpha=0.0)
     assert all(result["default"] == result["steered"] for result in theirs.answer(HELD_OUT[:3]))
 
