@@ -130,7 +130,7 @@ class Scans(scans.Scans):
         ids = [prompts[i].ids[:prompts[i].p + 1] for i, *_ in rows]
         N = max(map(len, ids))
         mask = torch.tensor([[0] * (N - len(row)) + [1] * len(row) for row in ids], device=device)
-        # The padding is the row's own first id: the repetition penalty of transformers counts it like text.
+        # padded with the row's own first id: a tokenizer need not have a pad token
         ids = torch.tensor([row[:1] * (N - len(row)) + row for row in ids], device=device)      # (R, N)
         end = lm.generation_config.eos_token_id or self.tokenizer.tokenizer.eos_token_id
         end = [end] if isinstance(end, int) else end

@@ -81,7 +81,7 @@ def test_it_passes_the_comparison(ported):
     assert status == 0 and f"same: {len(mine)} of {len(mine)} tensors" in lines[-1], lines
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])         # the second would notice padding that is counted
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_its_held_out_answers_are_those_of_the_core(penalty, ported, tmp_path):
     core = scans.load(TINY, vectors=tmp_path / "v.safetensors", max_new_tokens=40, repetition_penalty=penalty)
     theirs = port.Scans(ported.model, ported.tokenizer, ported.vectors,
