@@ -395,17 +395,18 @@ def find_vectors(folder, model, tokenizer, vectors=None, progress=lambda done: N
     if vectors is None or anchors or not Path(vectors).exists():
         texts = draw_anchors(folder, **anchors)
         want["anchors"] = digest(texts)
-    path = Path(vectors) if vectors else cache_folder() / f"{digest(want)}.safetensors"
+    path = cache_folder() / f"{digest(want)}.safetensors" if vectors is None else Path(vectors)
     try:
         if path.exists():
             return load_vectors(path, want)
     except ValueError as error:
-        if vectors:
+        if vectors is not None:
             raise
         say(f"note      {error}: extracting again")
-        path.unlink()
     found = extract_vectors(model, *([tokenizer.prompt(text) for text in some] for some in texts), progress)
     try:
+        if vectors is None:
+            path.unlink(missing_ok=True)        # a damaged one
         save_vectors(path, found, want)
         say(f"note      the vectors are kept in {path}")
     except OSError as error:

@@ -267,7 +267,8 @@ def test_flags(flags, box):
 
 @pytest.mark.parametrize("args, message", [
     ([], "one of the arguments"), (["--prompt", " \n"], "the prompt is empty"),
-    (["--prompt", "\udcff"], "surrogates not allowed"), (["--prompt", "egg " * 999], "context is 128")])
+    (["--prompt", "\udcff"], "surrogates not allowed"), (["--prompt", "egg " * 999], "context is 128"),
+    (["--prompt", "x", "--vectors", ""], "not a regular file")])
 def test_prompts(args, message, box):
     assert_refused(run([*ask(box)[:-2], *args], box), message)
 
