@@ -520,15 +520,22 @@ def setup(args):
         torch.set_num_threads(args.threads or 1)
     method = load(args.model, progress=lambda done: report(f"extracting vectors: {done} anchors"),
                   **{name: getattr(args, name) for name in FLAGS})
-    model, chosen, vectors = method.model, method.settings, method.vectors
+    model = method.model
     say(f"model     {Path(args.model).name}: {model.size / 1e6:.1f} M parameters, {model.config.L} layers, "
         f"{str(model.embed.dtype)[6:]} on {model.embed.device}; chat format {method.tokenizer.name}")
     if model.embed.dtype == torch.float16 and model.embed.device.type == "cpu":
         say("note      many CPUs are slow in float16: --dtype bfloat16 is faster, and rounds more")
+    describe(method, args)
+    return method
+
+
+def describe(method, args):
+    """Say what the settings are, and how T separates the anchors."""
+    chosen, vectors = method.settings, method.vectors
     a = vectors.a_norm[chosen.steer_layers]
     say(f"settings  those for {chosen.model}: alpha {chosen.alpha:g}, steering layers "
         f"{show_layers(chosen.steer_layers)}, where the stream's norm is {a.min():.0f} to {a.max():.0f}; "
-        f"classification layers {show_layers(chosen.classify_layers)} of {model.config.L}")
+        f"classification layers {show_layers(chosen.classify_layers)} of {len(vectors.v_r)}")
     harmful = score(vectors.cos_harmful, chosen.classify_layers)
     harmless = score(vectors.cos_harmless, chosen.classify_layers)
     lost, spared = int((harmful < chosen.T).sum()), int((harmless < chosen.T).sum())
@@ -538,7 +545,6 @@ def setup(args):
     if lost > QUANTILE * len(harmful) or spared < 0.8 * len(harmless):
         say("warning   T does not separate these anchors: those on the wrong side are steered the wrong way. "
             f"Estimated from them, T is {estimate_threshold(harmful):.4f}. Is this model aligned to refuse?")
-    return method
 
 
 def say(line, end="\n"):

@@ -174,10 +174,7 @@ FLAGS["device_map"] = (str, "auto: several GPUs, then memory, then disk; or one 
 def command(args):
     method = load(args.model, progress=lambda done: scans.report(f"extracting vectors: {done} anchors"),
                   **{name: getattr(args, name) for name in FLAGS})
-    chosen, vectors = method.settings, method.vectors
-    below = [f"{int((scans.score(cos, chosen.classify_layers) < chosen.T).sum())} of {len(cos)}"
-             for cos in (vectors.cos_harmful, vectors.cos_harmless)]
-    scans.say(f"settings  {chosen}; below T are {below[0]} harmful and {below[1]} harmless anchors")
+    scans.describe(method, args)
     for question in args.prompt:
         scans.ask(method, question, args)
 
