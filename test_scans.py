@@ -13,7 +13,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import re
 import shlex
 import shutil
