@@ -124,17 +124,13 @@ def their_plain(theirs, ids):
 
 
 @torch.inference_mode()
-def their_sigma(theirs, prompt, method):
-    states = theirs(torch.tensor([prompt.ids], device=theirs.device), output_hidden_states=True).hidden_states
-    cos = [F.cosine_similarity((states[l + 1][0, prompt.p] - states[l + 1][0, prompt.e]).float().cpu(),
-                               method.vectors.d_harm[l], dim=0) for l in method.settings.classify_layers]
-    return 1 if sum(cos) / len(cos) >= method.settings.T else -1
-
-
 def their_scans(theirs, method):
     """Classify in a pass of its own, then generate with a hook on every steered block."""
     prompt, settings = method.tokenizer.prompt(""), method.settings
-    sigma = their_sigma(theirs, prompt, method)
+    states = theirs(torch.tensor([prompt.ids], device=theirs.device), output_hidden_states=True).hidden_states
+    cos = [F.cosine_similarity((states[l + 1][0, prompt.p] - states[l + 1][0, prompt.e]).float().cpu(),
+                               method.vectors.d_harm[l], dim=0) for l in settings.classify_layers]
+    sigma = 1 if sum(cos) / len(cos) >= settings.T else -1
 
     def add(l):
         vector = (sigma * settings.alpha * method.vectors.v_r[l]).to(theirs.device, theirs.dtype)
@@ -157,13 +153,11 @@ def their_extraction(theirs, harmful, harmless):
 
 
 def their_pairs(theirs, method, anchors):
-    prompt = method.tokenizer.prompt("")
+    ids = method.tokenizer.prompt("").ids[:-1]
     return {"plain generation, against transformers":
-            (lambda: plain(method, prompt.ids[:-1]), lambda: their_plain(theirs, prompt.ids[:-1])),
+            (lambda: plain(method, ids), lambda: their_plain(theirs, ids)),
             "SCANS, one answer, against transformers with hooks":
             (lambda: method.answer(["x"], default=False), lambda: their_scans(theirs, method)),
-            "classification, against transformers":
-            (lambda: method.decide(["x"]), lambda: their_sigma(theirs, prompt, method)),
             f"extraction, {ANCHORS} + {ANCHORS} anchors, against single passes":
             (lambda: extract_vectors(method.model, *anchors), lambda: their_extraction(theirs, *anchors))}
 
@@ -183,10 +177,10 @@ def timed(work):
 
 def compare(pairs, model, args):
     """Print a row for each pair of works, run in turn; a first round, which is slower, is not counted."""
-    say(f"model     {args.shape or args.model}: {model.size / 1e6:.1f} M parameters, "
-        f"{str(model.embed.dtype)[6:]} on {model.embed.device}, {torch.get_num_threads()} threads")
     if args.threads:
         torch.set_num_threads(args.threads)
+    say(f"model     {args.shape or args.model}: {model.size / 1e6:.1f} M parameters, "
+        f"{str(model.embed.dtype)[6:]} on {model.embed.device}, {torch.get_num_threads()} threads")
     rows = []
     for name, works in pairs.items():
         report(name)

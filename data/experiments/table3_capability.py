@@ -40,7 +40,7 @@ def from_p(method, decision, ids, kind):
 
 @torch.inference_mode()
 def perplexity(method, path, limit):
-    """exp of the mean loss of a text, {"n": windows, kind: perplexity, "harmful": windows with sigma +1}.
+    """A row of the table: exp of the mean loss of a text's windows.
 
     The first half of a window is the query, in the chat format; sigma is decided on it. The loss is that of
     the second half, as the answer, steered from p.
@@ -63,7 +63,8 @@ def perplexity(method, path, limit):
             loss[kind] += float(F.cross_entropy(logits, target, reduction="sum"))
         tokens += len(answer)
         harmful += int(decision.sigma[0] == 1)
-    return {"n": len(starts), **{kind: math.exp(loss[kind] / tokens) for kind in KINDS}, "harmful": harmful}
+    return {"measure": f"perplexity, {Path(path).name}", "n": len(starts),
+            **{kind: math.exp(loss[kind] / tokens) for kind in KINDS}, "harmful": harmful, "shortened": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -94,14 +95,20 @@ def read_mmlu(folder, limit):
     return asked
 
 
-def mmlu_query(subject, question, examples):
-    """Worked examples, then the question, as in Hendrycks et al."""
+def mmlu_query(method, subject, question, examples):
+    """The question as in Hendrycks et al., its answer (0 to 3), and whether an example was left out.
+
+    It follows as many worked examples as the context holds.
+    """
     def lines(row, answer):
         return "\n".join([row["question"], *(f"{letter}. {row[letter]}" for letter in "ABCD"), answer])
-    return "\n\n".join(["The following are multiple choice questions (with answers) about "
-                        f"{subject.replace('_', ' ')}.",
-                        *(lines(example, f"Answer: {example['answer']}") for example in examples),
-                        lines(question, "Answer:")])
+    about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
+    worked = [lines(example, f"Answer: {example['answer']}") for example in examples]
+    for n in range(len(worked), -1, -1):
+        query = "\n\n".join([about, *worked[:n], lines(question, "Answer:")])
+        if len(method.tokenizer.prompt(query).ids) < method.model.config.context:
+            break
+    return query, "ABCD".index(question["answer"]), n < len(examples)
 
 
 def letter_ids(tokenizer):
@@ -117,20 +124,11 @@ def letter_ids(tokenizer):
     return ids
 
 
-def fit_question(method, subject, question, examples):
-    """The query with as many examples as the context holds, the letter, and whether any was left out."""
-    for n in range(len(examples), -1, -1):
-        query = mmlu_query(subject, question, examples[:n])
-        if len(method.tokenizer.prompt(query).ids) < method.model.config.context:
-            break
-    return query, "ABCD".index(question["answer"]), n < len(examples)
-
-
 @torch.inference_mode()
 def mmlu(method, folder, limit, size):
     """A row of the table: % of the questions where the right letter has the highest logit after p."""
     letters, marks = letter_ids(method.tokenizer), []
-    asked = [fit_question(method, *question) for question in read_mmlu(folder, limit)]
+    asked = [mmlu_query(method, *question) for question in read_mmlu(folder, limit)]
     for batch in batches(sorted(asked, key=lambda one: -len(one[0])), size):
         decision = varied(method, max_new_tokens=1).decide([query for query, *_ in batch])
         ids = [[prompt.ids[prompt.p]] for prompt in decision.prompts]
@@ -186,7 +184,7 @@ def row(measure, marks):
 def flags(parser):
     share_flags(parser, "--text", "--limit")
     parser.add_argument("--mmlu", metavar="DIR", help="with test/SUBJECT_test.csv and dev/SUBJECT_dev.csv")
-    parser.add_argument("--summaries", metavar="FILE", help="a .csv with document (or dialogue) and summary")
+    parser.add_argument("--summaries", metavar="FILE", help="rows with document (or dialogue) and summary")
     share_flags(parser, "--batch-size")
     add_flags(parser)
 
@@ -197,8 +195,7 @@ def run(args):
         raise ValueError("capability needs --text FILE, --mmlu DIR or --summaries FILE")
     method, rows = start(args), []
     if args.text:
-        rows.append({"measure": f"perplexity, {Path(args.text).name}",
-                     **perplexity(method, args.text, args.limit), "shortened": 0})
+        rows.append(perplexity(method, args.text, args.limit))
     if args.mmlu:
         rows.append(mmlu(method, args.mmlu, args.limit, args.batch_size))
     if args.summaries:

@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import scans  # noqa: E402
-from data.experiments import core, figure3_figure5, ledger, speed, table2_refusals  # noqa: E402
-from data.experiments import prompts as prompt_files  # noqa: E402
+from data.experiments import core, figure3_figure5, ledger, prompts, speed, table2_refusals  # noqa: E402
 from data.experiments import table3_capability as table3  # noqa: E402
 from data.experiments.__main__ import main  # noqa: E402
 from data.experiments.refusals import has_refusal_phrase, is_refusal  # noqa: E402
@@ -132,7 +131,7 @@ def test_the_two_matchers(theirs, ours, answer):
     ("a.jsonl", '{"text": "Burn it.", "label": "unsafe"}\n', "unsafe", [("Burn it.", "unsafe")])])
 def test_layouts(tmp_path, name, text, given, expected):
     (tmp_path / name).write_text(text)
-    items = prompt_files.read_prompts(tmp_path / name, given)
+    items = prompts.read_prompts(tmp_path / name, given)
     assert [(item["prompt"], item["label"]) for item in items] == expected
 
 
@@ -216,35 +215,26 @@ def test_any_cut_is_resumed(whole, files, command, tmp_path):
         assert close(tmp_path / "out.jsonl") == close(whole[0])
 
 
-def test_other_settings_are_refused(whole, files, command, tmp_path):
-    out = tmp_path / "out.jsonl"
-    out.write_bytes(whole[0].read_bytes())
+def test_what_is_not_resumed(whole, files, command, tmp_path):
+    """Other settings; other labels, scores, types or texts of a file; an edited line; another file."""
+    out, kept, text = tmp_path / "out.jsonl", whole[0].read_text(), Path(files[0]).read_text()
+
+    def refuses(message, *flags, content=kept):
+        out.write_text(content)
+        assert message in command("eval", *files, *FEW, *flags, "--out", out, status=2)[1]
+        assert out.read_text() == content
     for flags in (("--alpha", 2), ("--dtype", "bfloat16"), ("--max-new-tokens", 9), ("--anchors", 40),
                   ("--no-default",), ("--sigma", 1)):
-        said = command("eval", *files, *FEW, *flags, "--out", out, status=2)[1]
-        assert "give another --out" in said and out.read_bytes() == whole[0].read_bytes()
-
-
-def test_other_prompts_are_refused(whole, files, command, tmp_path):
-    """Other labels, scores, types or texts under the same file name."""
-    text, out = Path(files[0]).read_text(), tmp_path / "out.jsonl"
-    out.write_bytes(whole[0].read_bytes())
+        refuses("give another --out", *flags)
     for old, new in ((",safe,", ",unsafe,"), (",0.1", ",0.7"), (",other,", ",words,"), ("an egg", "an eggs")):
         Path(files[0]).write_text(text.replace(old, new, 1))
         try:
-            assert "give another --out" in command("eval", *files, *FEW, "--out", out, status=2)[1]
+            refuses("give another --out")
         finally:
             Path(files[0]).write_text(text)
-
-
-def test_an_edited_line_and_another_file_are_refused(whole, files, command, tmp_path):
-    out, text = tmp_path / "out.jsonl", whole[0].read_text()
-    edited = text.replace('"sigma": -1', '"sigma": 1', 1), text.replace('"check": "', '"check": "0', 1)
-    for content, message in ((edited[0], "was changed"), (edited[1], "was changed"),
-                             ("precious", "another --out"), ("prompt,label\n", "another --out")):
-        out.write_text(content)
-        assert message in command("eval", *files, *FEW, "--out", out, status=2)[1]
-        assert out.read_text() == content
+    refuses("was changed", content=kept.replace('"sigma": -1', '"sigma": 1', 1))
+    refuses("was changed", content=kept.replace('"check": "', '"check": "0', 1))
+    refuses("another --out", content="prompt,label\n")
     out.unlink()
     os.mkfifo(out)
     assert "not a regular file" in command("eval", *files, "--out", out, status=2)[1]
@@ -368,10 +358,8 @@ def test_perplexity_is_that_of_transformers(tiny, tmp_path):
         prompt = tokenizer.prompt(tokenizer.decode(ids[start:start + half]))
         answer = ids[start + half:start + 2 * half][:512 - prompt.p - 1]
         row = torch.tensor([prompt.ids[:prompt.p + 1] + answer])
-        labels = row.clone()
-        labels[:, :prompt.p + 1] = -100
-        with torch.no_grad():
-            total += float(oracle(row, labels=labels).loss) * len(answer)
+        labels = torch.tensor([[-100] * (prompt.p + 1) + answer])
+        total += float(oracle(row, labels=labels).loss.detach()) * len(answer)
         tokens += len(answer)
     assert found["n"] == 2 and found["default"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
     still = table3.perplexity(core.varied(tiny, sigma=0), tmp_path / "text.txt", 2)
@@ -382,22 +370,21 @@ def test_capability(command, tiny, tmp_path):
     """MMLU is right where one uncached pass is; a long document is cut."""
     example = "Which body circles Earth?,The Moon,Mars,Venus,Io,A\n"
     for path, text in (
-            ("dev/astronomy_dev.csv", example * 6), ("dev/marketing_dev.csv", ""),
+            ("dev/astronomy_dev.csv", example * 6),
             ("test/astronomy_test.csv", '"Which of these,\nsay, has rings?",Mars,Saturn,Venus,Io,B\n'
                                         "Which is a star?,Mars,Io,Ceres,Sirius,D\n"),
-            ("test/marketing_test.csv", "What is a logo?,A mark,A song,A tax,A shop,A\n"),
             ("text.txt", TEXT), ("sums.csv", 'document,summary\n"The bakery opened, and\nit sold bread.",The '
                                  "bakery sold bread.\n" + "fog " * 900 + ",Fog made a ferry late.\n")):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_text(text)
     read = table3.read_mmlu(tmp_path, None)
     assert [(subject, question["answer"], len(examples)) for subject, question, examples in read] == [
-        ("astronomy", "B", 5), ("astronomy", "D", 5), ("marketing", "A", 0)]
+        ("astronomy", "B", 5), ("astronomy", "D", 5)]
     letters = table3.letter_ids(tiny.tokenizer)
     assert [tiny.tokenizer.piece(id) for id in letters] == ["\u2581A", "\u2581B", "\u2581C", "\u2581D"]
     right = 0       # one by one
     for question in read:
-        query, answer, _ = table3.fit_question(tiny, *question)
+        query, answer, _ = table3.mmlu_query(tiny, *question)
         prompt = tiny.tokenizer.prompt(query)
         logits = tiny.model.unembed(tiny.model.forward(torch.tensor([prompt.ids[:prompt.p + 1]]))[0])[0, -1]
         right += int(logits[letters].argmax()) == answer
@@ -406,11 +393,11 @@ def test_capability(command, tiny, tmp_path):
                         "--summaries", tmp_path / "sums.csv", "--limit", 2)
     rows = {row["measure"]: row for row in result["capability"]}
     assert list(rows) == ["perplexity, text.txt", "MMLU, % right", "rouge1 F1", "rouge2 F1", "rougeL F1"]
-    assert rows["MMLU, % right"]["default"] == pytest.approx(100 * right / 3)
+    assert rows["MMLU, % right"]["default"] == 100 * right / 2
     assert rows["rouge1 F1"]["shortened"] == 1 and rows["perplexity, text.txt"]["n"] == 2
     assert "needs --text" in command("capability", status=2)[1]
-    (tmp_path / "test" / "marketing_test.csv").write_text("question,A,B,C,D,answer\n")
-    assert "marketing_test.csv: " in command("capability", "--mmlu", tmp_path, status=2)[1]
+    (tmp_path / "test" / "astronomy_test.csv").write_text("question,A,B,C,D,answer\n")
+    assert "astronomy_test.csv: " in command("capability", "--mmlu", tmp_path, status=2)[1]
 
 
 def test_bench_and_versus(command, monkeypatch):
