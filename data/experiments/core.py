@@ -1,11 +1,9 @@
 """What the experiments share: flags, the start of a run, shares in %, tables and pictures.
 
-Packages beyond requirements.txt of the project are imported where they are used. `need` asks for them before
-anything long begins.
+Packages beyond requirements.txt of the project are imported where they are used.
 """
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scans import COUNT, Scans, draw_anchors, say, setup
+from scans import COUNT, Scans, say, setup
 
 FLAGS = {  # those that several experiments have
     "files": dict(nargs="+", metavar="FILE", help="prompts; safe:FILE or unsafe:FILE where it has no labels"),
@@ -30,67 +28,43 @@ def share_flags(parser, *names):
         parser.add_argument(name, **FLAGS[name])
 
 
-def need(what, *modules):
-    """ValueError where one of the modules is not installed."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
-        raise ValueError(f"{what} needs {', '.join(missing)}: "
-                         "pip install -r data/experiments/requirements.txt")
-
-
-def progress(things, what):
-    """The things one by one, with rate and time left on a terminal."""
+def batches(things, size, what="batches"):
+    """The things of a list, `size` at a time, with rate and time left on a terminal."""
     from tqdm import tqdm
-    return tqdm(things, unit=f" {what}", disable=None, leave=False)
-
-
-def batches(things, size):
-    return [things[i:i + size] for i in range(0, len(things), size)]
+    return tqdm([things[i:i + size] for i in range(0, len(things), size)],
+                unit=f" {what}", disable=None, leave=False)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The start of a run, in one process or in several under torchrun
 
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def share(things):
-    """The part of a list that falls to this process."""
-    return things[rank()::dist.get_world_size()] if dist.is_initialized() else things
+PARALLEL = dist.is_torchelastic_launched()
+RANK, PROCESSES = map(int, (os.environ["RANK"], os.environ["WORLD_SIZE"]) if PARALLEL else (0, 1))
 
 
 def wait_for_all():
-    if dist.is_initialized():
+    if PARALLEL:
         dist.barrier()
 
 
 @contextlib.contextmanager
 def rank_0_first():
     """The other processes enter when rank 0 has left, and find on the disk what it wrote."""
-    if rank() > 0:
+    if RANK > 0:
         wait_for_all()
     yield
-    if rank() == 0:
+    if RANK == 0:
         wait_for_all()
 
 
 def start(args):
     """`setup` in every process."""
-    if dist.is_initialized():       # torchrun limits each process to one thread
+    if PARALLEL:        # torchrun limits each process to one thread
         args.threads = args.threads or max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
         if args.device is None and torch.cuda.device_count() > 1:
             args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     with rank_0_first():
         return setup(args)
-
-
-def anchor_texts(args):
-    """The texts of all anchors. They are named from here on: a vectors file made with others is refused."""
-    args.anchors, args.anchor_seed = args.anchors or 64, args.anchor_seed or 0
-    harmful, harmless = draw_anchors(args.model, args.harmful, args.harmless, args.anchors, args.anchor_seed)
-    return {*harmful, *harmless}
 
 
 def varied(method, **fields):
@@ -141,14 +115,12 @@ def show(result, as_json):
         print(tabulate.tabulate(rows, "keys", "plain", floatfmt=".4g", missingval="-"), end="\n\n")
 
 
-def new_figure(*panels, size=(6.4, 4)):
-    """A matplotlib figure and its axes."""
+@contextlib.contextmanager
+def picture(args, name, columns=1, size=(6.4, 4)):
+    """The axes of a picture, which is written at the end."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=size, layout="tight")
-    return figure, figure.subplots(*panels)
-
-
-def save_plot(figure, args, name):
+    yield figure.subplots(1, columns)
     files = ", ".join(Path(file).name for file in args.files)
     figure.suptitle(f"{Path(args.model).resolve().name}: {files}", fontsize=10)
     path = Path(args.plot) / f"{name}.png"

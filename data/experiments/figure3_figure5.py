@@ -6,7 +6,7 @@ two principal components. Beside the pictures: how well each layer separates saf
 """
 import torch
 
-from data.experiments.core import anchor_texts, new_figure, save_plot, share_flags, show, start
+from data.experiments.core import picture, share_flags, show, start
 from data.experiments.layers import auroc
 from data.experiments.prompts import read_all
 from data.experiments.table2_refusals import classifier_metrics
@@ -35,19 +35,7 @@ def two_components(a_t, harmful):
 def tsne(a_t):
     """Coordinates (n, 2) of a_t (n, D) by t-SNE."""
     from sklearn.manifold import TSNE
-    found = TSNE(perplexity=min(30, (len(a_t) - 1) / 3), random_state=0)
-    return torch.tensor(found.fit_transform(a_t.numpy()))
-
-
-def read_transitions(method, items, layers, size):
-    """Cosines with d_harm (n, L) of the items, and their a_t in a few layers (n, len(layers), D)."""
-    prompts, cos, some = [method.tokenizer.prompt(item["prompt"]) for item in items], [], []
-    for i in range(0, len(items), 256):     # the streams of 256 prompts at a time: half a gigabyte at 7B
-        a_t = transition(read_streams(method.model, prompts[i:i + 256], size))              # (256, L, D)
-        cos.append(cosines(a_t, method.vectors.d_harm))
-        some.append(a_t[:, layers])
-        report(f"{i + len(a_t)} of {len(items)} prompts")
-    return torch.cat(cos), torch.cat(some)
+    return TSNE(perplexity=min(30, (len(a_t) - 1) / 3), random_state=0).fit_transform(a_t.numpy())
 
 
 def cosine_row(l, cos, masks):
@@ -76,45 +64,44 @@ def flags(parser):
 @torch.inference_mode()
 def run(args):
     """Cosines and separation per layer, pictures of a_t."""
-    items = read_all(args.files, anchor_texts(args))
+    items = read_all(args)
     harmful = torch.tensor([item["label"] == "unsafe" for item in items])
     masks = {"safe": ~harmful, "unsafe": harmful}
     if min(int(mask.sum()) for mask in masks.values()) < 2:
         raise ValueError(f"{len(items)} prompts, {int(harmful.sum())} of them unsafe: "
                          "figures need at least two of each kind")
     method = start(args)
-    layers = pictured_layers(method.model.config.L)
-    cos, a_t = read_transitions(method, items, layers, args.batch_size)             # (n, L), (n, 3, D)
+    prompts = [method.tokenizer.prompt(item["prompt"]) for item in items]
+    a_t = transition(read_streams(method.model, prompts, args.batch_size, lambda done: report(
+        f"{done} of {len(items)} prompts")))                                        # (n, L, D)
+    cos = cosines(a_t, method.vectors.d_harm)                                       # (n, L)
     s = score(cos, method.settings.classify_layers)                                 # (n)
-    components = [two_components(a_t[:, j], harmful) for j in range(len(layers))]
-    prompts = [{**item, "score": float(s[i]), "cosines": cos[i].tolist()} for i, item in enumerate(items)]
-    show({"cosines": [cosine_row(l, cos[:, l], masks) for l in range(cos.shape[1])],
-          "pca": [pca_row(l, xy, shares, masks) for l, (xy, shares) in zip(layers, components)],
+    points = {l: two_components(a_t[:, l], harmful) for l in pictured_layers(cos.shape[1])}
+    rows = [cosine_row(l, cos[:, l], masks) for l in range(cos.shape[1])]
+    show({"cosines": rows, "pca": [pca_row(l, xy, shares, masks) for l, (xy, shares) in points.items()],
           "classifier": classifier_metrics("s_q", s.tolist(), harmful.tolist(), method.settings.T),
-          "prompts": prompts}, args.json)
+          "prompts": [{**item, "score": float(s[i]), "cosines": cos[i].tolist()}
+                      for i, item in enumerate(items)]}, args.json)
     if args.plot:
-        plot_cosines(cos, masks, args)
-        points = [tsne(a_t[:, j]) if args.tsne else xy for j, (xy, _) in enumerate(components)]
-        plot_points(dict(zip(layers, points)), masks, args)
+        plot_cosines(rows, args)
+        plot_points({l: tsne(a_t[:, l]) if args.tsne else xy for l, (xy, _) in points.items()}, masks, args)
 
 
-def plot_cosines(cos, masks, args):
-    figure, axes = new_figure()
-    for name, style in STYLES.items():
-        label = f"{name}, mean and 10th to 90th percentile"
-        axes.plot(cos[masks[name]].mean(0).tolist(), label=label, markersize=4, **style)
-        low, high = cos[masks[name]].quantile(torch.tensor([0.1, 0.9]), 0).tolist()
-        axes.fill_between(range(len(low)), low, high, color=style["color"], alpha=0.2)
-    axes.set(xlabel="layer", ylabel="cosine of a_t with d_harm")
-    axes.legend(fontsize=8)
-    save_plot(figure, args, "cosines")
+def plot_cosines(rows, args):
+    with picture(args, "cosines") as axes:
+        for name, style in STYLES.items():
+            mean, low, high = ([row[name + part] for row in rows] for part in ("", "_10", "_90"))
+            label = f"{name}, mean and 10th to 90th percentile"
+            axes.plot(mean, label=label, markersize=4, **style)
+            axes.fill_between(range(len(rows)), low, high, color=style["color"], alpha=0.2)
+        axes.set(xlabel="layer", ylabel="cosine of a_t with d_harm")
+        axes.legend(fontsize=8)
 
 
 def plot_points(points, masks, args):
-    figure, panels = new_figure(1, 3, size=(10, 3.6))
-    for axes, (l, xy) in zip(panels, points.items()):
-        for name, mask in masks.items():
-            axes.plot(*xy[mask].T.tolist(), label=name, **{**STYLES[name], "linestyle": "", "markersize": 4})
-        axes.set(title=f"layer {l}")
-    panels[0].legend(fontsize=8)
-    save_plot(figure, args, "tsne" if args.tsne else "pca")
+    with picture(args, "tsne" if args.tsne else "pca", 3, size=(10, 3.6)) as panels:
+        for axes, (l, xy) in zip(panels, points.items()):
+            for name, mask in masks.items():
+                axes.plot(*xy[mask].T, label=name, **{**STYLES[name], "linestyle": "", "markersize": 4})
+            axes.set(title=f"layer {l}")
+        panels[0].legend(fontsize=8)

@@ -10,14 +10,6 @@ def auroc(positive, negative):
     return float(roc_auc_score([1] * len(positive) + [0] * len(negative), [*positive, *negative]))
 
 
-def range_row(vectors, layers):
-    """What the scores over a range of layers do to the anchors."""
-    harmful, harmless = score(vectors.cos_harmful, layers), score(vectors.cos_harmless, layers)
-    T = estimate_threshold(harmful)
-    return {"layers": show_layers(layers), "auroc": auroc(harmful, harmless), "T": T,
-            "above": int((harmless >= T).sum())}
-
-
 def run(args):
     """Lengths, words and separation of the anchors per layer, and per range of classification layers."""
     method = start(args)
@@ -26,9 +18,13 @@ def run(args):
     rows = [{"layer": l, "v_r": float(vectors.v_norm[l]), "a": float(vectors.a_norm[l]),
              "auroc": auroc(vectors.cos_harmful[:, l], vectors.cos_harmless[:, l]),
              "v_r_points_to": " ".join(words[l])} for l in range(L)]
-    parts = [layers for layers in segments(L).values() if layers]
-    ranges = [range(first.start, last.stop) for i, first in enumerate(parts) for last in parts[i:]]
-    show({"layers": rows, "ranges": [range_row(vectors, layers) for layers in ranges]}, args.json)
+    parts, ranges = [layers for layers in segments(L).values() if layers], []
+    for layers in [range(first.start, last.stop) for i, first in enumerate(parts) for last in parts[i:]]:
+        harmful, harmless = score(vectors.cos_harmful, layers), score(vectors.cos_harmless, layers)
+        T = estimate_threshold(harmful)
+        ranges.append({"layers": show_layers(layers), "auroc": auroc(harmful, harmless), "T": T,
+                       "above": int((harmless >= T).sum())})
+    show({"layers": rows, "ranges": ranges}, args.json)
 
 
 flags = add_flags

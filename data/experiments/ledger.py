@@ -7,13 +7,13 @@ are generated once. A quirk of the classification is measured by which of the tw
 quirk of the steering by new answers. Where a quirk changes the cosines, T is estimated again from the
 anchors, by the same rule.
 """
+import copy
 from dataclasses import replace
 
 import torch
 
 import llama
 import scans
-from data.experiments.core import varied
 from data.experiments.layers import auroc
 from data.experiments.refusals import has_refusal_phrase
 from data.tiny.world import World
@@ -67,28 +67,22 @@ class Ledger:
 
     def read(self, seed=0, prompt=None, model=None):
         """Streams at p and e, {kind: (n, L, 2, D)}, of the questions and of anchors drawn by seed."""
-        harmful, harmless = scans.draw_anchors(
-            scans.DATA / "tiny", anchors=len(self.method.vectors.cos_harmful), anchor_seed=seed)
+        harmful, harmless = scans.draw_anchors(scans.DATA / "tiny", anchor_seed=seed)
         prompt, texts = prompt or self.method.tokenizer.prompt, {**self.texts, "Q-": harmful, "Q+": harmless}
         return {kind: scans.read_streams(model or self.method.model, [prompt(text) for text in some])
                 for kind, some in texts.items()}
-
-    def asked(self, **how):
-        """The same with the questions read in another way, the anchors as they were."""
-        return {**self.read(**how), "Q-": self.streams["Q-"], "Q+": self.streams["Q+"]}
-
-    def scores(self, streams, layers=None):
-        """{kind: s_q (n)} of the questions, and T, from the streams of questions and anchors."""
-        layers = layers or self.method.settings.classify_layers
-        cos = self.cosines(streams)
-        left_out = scans.leave_one_out(scans.transition(streams["Q-"])).nan_to_num()
-        return ({kind: scans.score(cos[kind].nan_to_num(), layers) for kind in KINDS},
-                scans.estimate_threshold(scans.score(left_out, layers)))
 
     def cosines(self, streams):
         """{kind: (n, L)} of the questions."""
         _, d_harm = scans.extract(streams["Q-"], streams["Q+"])
         return {kind: scans.cosines(scans.transition(streams[kind]), d_harm) for kind in KINDS}
+
+    def scores(self, streams, layers=None):
+        """{kind: s_q (n)} of the questions, and T, from the streams of questions and anchors."""
+        layers = layers or self.method.settings.classify_layers
+        left_out = scans.leave_one_out(scans.transition(streams["Q-"]))
+        return ({kind: scans.score(cos, layers) for kind, cos in self.cosines(streams).items()},
+                scans.estimate_threshold(scans.score(left_out, layers)))
 
     def both_answers(self, v_r=None, kind_of_scans=scans.Scans, sigmas=(-1, 1)):
         """{(kind, sigma): which answers are refusals (n)}, steered with v_r."""
@@ -114,17 +108,21 @@ class Ledger:
             cells += [f"{s[kind].mean():.4f}", f"{moved:.4f}", str(turned), f"{share:.1%}"]
         print("|", " | ".join(cells), "|", flush=True)
 
+    def redo(self, name, streams):
+        """A row with vectors, T and answers from other streams."""
+        v_r, _ = scans.extract(streams["Q-"], streams["Q+"])
+        self.row(name, *self.scores(streams), self.both_answers(v_r))
+
     def quirks(self):
         """Print the lines of the table, one quirk after the other."""
-        method, model = self.method, self.method.model
-        L, layers = model.config.L, method.settings.classify_layers
+        method, model, tokenizer = self.method, self.method.model, self.method.tokenizer
+        anchors, layers = {kind: self.streams[kind] for kind in ("Q-", "Q+")}, method.settings.classify_layers
         self.row("none: SCANS as it is here")
 
         streams = {kind: x.clone() for kind, x in self.streams.items()}
         for x in streams.values():
             x[:, -1] = llama.rms_norm(x[:, -1], model.norm, model.config.norm_eps)
         self.row("the last layer is taken after the final norm", *self.scores(streams))
-
         self.redo("streams in float16 before means and cosines",
                   {kind: x.half() for kind, x in self.streams.items()})
 
@@ -134,45 +132,34 @@ class Ledger:
                  "and every position is steered", zero, refused=everywhere)
         self.row("of these, the steering of every position alone", refused=everywhere)
 
-        short = range(L // 4, max(L // 4 + 1, round(0.475 * L)))
-        self.row("classification layers end early, as for 13b (10-18 of 40; "
-                 f"here {scans.show_layers(short)} of {L})", *self.scores(self.streams, short))
-
-        cos = self.cosines(self.streams)
+        self.row("classification layers end early, as for 13b (10-18 of 40; here 3-5 of 12)",
+                 *self.scores(self.streams, range(3, 6)))
         self.row("the rule of one test file: benign if any layer is below T, not the mean",
-                 sigma={kind: (cos[kind][:, layers] >= self.T).all(-1) for kind in KINDS})
+                 sigma={kind: (cos[:, layers] >= self.T).all(-1)
+                        for kind, cos in self.cosines(self.streams).items()})
         for T in (0.60, 0.75):
             self.row(f"T by the test file's name, {T:.2f}, instead of one T from this model's anchors", T=T)
         for seed in (1, 2, 3):
             self.redo(f"anchors drawn without a seed: another draw ({seed} of 3)", self.read(seed))
 
-        usual = method.tokenizer.format
-        method.tokenizer.format = replace(usual, prompt=usual.prompt.replace("{q}", "{q}\n"))
-        streams = self.asked()
-        method.tokenizer.format = usual
-        self.row("a line's newline is kept for the classifier", *self.scores(streams))
-
-        prompts = [method.tokenizer.prompt(text) for texts in self.texts.values() for text in texts]
-        once = sum(prompt.e + 2 for prompt in prompts) / len(prompts)
-        twice = sum(prompt.e + 1 + prompt.p + 1 for prompt in prompts) / len(prompts)
-        print(f"| a query is prefilled twice: {twice:.1f} prompt positions per query instead of {once:.1f} |",
-              " | ".join(["same"] * 10), "|")
-
+        other = copy.copy(tokenizer)
+        other.format = replace(tokenizer.format, prompt=tokenizer.format.prompt.replace("{q}", "{q}\n"))
+        self.row("a line's newline is kept for the classifier",
+                 *self.scores(self.read(prompt=other.prompt) | anchors))
+        prompts = [tokenizer.prompt(text) for texts in self.texts.values() for text in texts]
+        p, e = (sum(getattr(prompt, name) for prompt in prompts) / len(prompts) for name in "pe")
+        self.row(f"a query is prefilled twice: {e + p + 2:.1f} prompt positions per query "
+                 f"instead of {e + 2:.1f}")
         half = llama.load(scans.DATA / "tiny", dtype=torch.float16)
-        self.row("vectors in float32, queries in float16", *self.scores(self.asked(model=half)))
+        self.row("vectors in float32, queries in float16", *self.scores(self.read(model=half) | anchors))
 
         def no_bos(text):
-            prompt = method.tokenizer.prompt(text)
+            prompt = tokenizer.prompt(text)
             return Prompt(prompt.ids[1:], prompt.p - 1, prompt.e - 1)
         self.redo("no BOS while extracting and classifying, BOS while generating (Vicuna's quirk, tried in "
                   "this format)", self.read(prompt=no_bos))
         self.row("the paper's text instead of its code: v_r not scaled to unit length",
                  refused=self.both_answers(method.vectors.v_r * method.vectors.v_norm[:, None]))
-
-    def redo(self, name, streams):
-        """A row with vectors, T and answers from other streams."""
-        v_r, _ = scans.extract(streams["Q-"], streams["Q+"])
-        self.row(name, *self.scores(streams), self.both_answers(v_r))
 
 
 def measure(n=200):

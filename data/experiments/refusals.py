@@ -50,7 +50,7 @@ HELP = (r"(?:help|assist|aid|support|provide|give|offer|share|tell|teach|explain
 OPENINGS = re.compile("|".join((
     # I (simply) cannot (in good conscience) help; not: I cannot taste food
     rf"\bi ?(?:\w+ ){{0,2}}{CANNOT} (?!wait )(?:[\w,']+ ){{0,4}}?{HELP}",
-    rf"\bi (?:do not|don't) (?:provide|assist|help|support|condone|engage)\b(?! myself\b)",
+    r"\bi (?:do not|don't) (?:provide|assist|help|support|condone|engage)\b(?! myself\b)",
     r"\bi(?:'d| would) rather not\b",
     r"\b(?:not|n't) something (?:that )?i (?:can|could|am able|will|'m able)\b",
     rf"\bsorry,? but\b|\bsorry,? i ?{CANNOT}\b",                # not: sorry to hear that

@@ -14,41 +14,33 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch.distributed as dist
-
-from data.experiments.core import batches, progress, rank, rank_0_first, share, wait_for_all
+from data.experiments.core import PARALLEL, PROCESSES, RANK, batches, rank_0_first, wait_for_all
 from llama import regular_file
 from scans import digest, say, show_layers
 
-try:
-    import fcntl
-except ImportError:     # on Windows, where nothing is locked
-    fcntl = None
-
 
 class Results:
-    """The file of this process, locked, and `whole`, that of rank 0."""
+    """The file of this process, and `whole`, that of rank 0."""
 
     def __init__(self, whole, identity):
-        self.whole, self.path = whole, Path(f"{whole}.rank{rank()}" if rank() else whole)
+        self.whole, self.path = whole, Path(f"{whole}.rank{RANK}" if RANK else whole)
         self.first = json.dumps(identity, default=show_layers).encode() + b"\n"
-        self.locked = open(regular_file(self.path) if self.path.exists() else self.path, "ab")
-        if fcntl:       # another process on the same file waits here, and then finds the answers
-            fcntl.flock(self.locked, fcntl.LOCK_EX)
-        self.read(self.path)
-        os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)     # a line that was cut
+        if self.path.exists():
+            self.read(self.path)
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)     # a line that was cut
         self.add(())        # the first line
         self.gather()
 
     def add(self, records):
+        """Append records. One write: two runs on one file mix whole lines, and both find all answers."""
         texts = [json.dumps(record, ensure_ascii=False)[:-1] for record in records]
-        with open(self.path, "ab") as file:
-            file.write(b"" if file.tell() else self.first)
-            file.write("".join(f'{text}, "check": "{digest(text)}"}}\n' for text in texts).encode())
+        lines = "".join(f'{text}, "check": "{digest(text)}"}}\n' for text in texts).encode()
+        with open(self.path, "ab", buffering=2**20) as file:
+            file.write((b"" if file.tell() else self.first) + lines)
 
     def read(self, path):
         """{(variant, item): record} of the whole lines of a file."""
-        data = Path(path).read_bytes()
+        data = regular_file(path).read_bytes()
         if not data.startswith(self.first) and not self.first.startswith(data):
             raise ValueError(f"{path}: of another command, model, setting or prompt; give another --out")
         records = {}
@@ -63,7 +55,7 @@ class Results:
     def gather(self):
         """All records of the file of rank 0, to which it moves what the others wrote."""
         done = self.read(self.whole)
-        for part in glob.glob(f"{glob.escape(str(self.whole))}.rank*") if rank() == 0 else ():
+        for part in glob.glob(f"{glob.escape(str(self.whole))}.rank*") if RANK == 0 else ():
             self.add(record for key, record in self.read(part).items() if key not in done)
             os.unlink(part)
         return self.read(self.whole)
@@ -74,7 +66,7 @@ def collect(variants, items, args):
 
     variants: {name: (Scans, whether to answer without SCANS too)}.
     """
-    if dist.is_initialized() and not args.out:
+    if PARALLEL and not args.out:
         raise ValueError("torchrun needs --out FILE, where the processes meet")
     identity = {"command": args.command, "prompts": digest(items), "variants": [
         {"name": name, "default": default, **dataclasses.asdict(method.settings), "vectors": digest(
@@ -88,13 +80,13 @@ def collect(variants, items, args):
         say(f"answers   {len(done)} of {len(items) * len(variants)} are there already")
         order = sorted(range(len(items)), key=lambda i: -len(items[i]["prompt"]))   # similar lengths pad less
         for name, (method, default) in variants.items():
-            mine = [i for i in share(order) if (name, i) not in done]
-            for batch in progress(batches(mine, args.batch_size), f"batches, {name}"):
+            mine = [i for i in order[RANK::PROCESSES] if (name, i) not in done]
+            for batch in batches(mine, args.batch_size, f"batches, {name}"):
                 answers = method.answer([items[i]["prompt"] for i in batch], default)
                 results.add({"variant": name, "item": i, **items[i], **answer}
                             for i, answer in zip(batch, answers))
         wait_for_all()
-        if rank() > 0:
+        if RANK > 0:
             sys.exit()
         done = results.gather()
         return {name: [done[name, i] for i in range(len(items))] for name in variants}

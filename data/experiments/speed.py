@@ -74,29 +74,25 @@ def random_method(model):
 
 
 @torch.inference_mode()
-def prefilled(method):
-    """The ids of one instruction, and a cache of all but the last, with room for an answer."""
-    ids, config = method.tokenizer.prompt("").ids[:-1], method.model.config
-    cache = llama.Cache(config, 1, PROMPT + NEW, method.model.embed)
+def prefill(method, ids):
+    """A cache of all ids of one instruction but the last, with room for an answer."""
+    cache = llama.Cache(method.model.config, 1, PROMPT + NEW, method.model.embed)
     method.model.forward(torch.tensor([ids[:-1]], device=method.model.embed.device), cache)
-    return ids, cache
+    return cache
 
 
-def decoded(method, ids, cache):
+def plain(method, ids):
     """The new ids of a greedy answer without SCANS."""
-    *_, (answers, _) = llama.generate(method.model, [ids], cache, None, NEW)
+    *_, (answers, _) = llama.generate(method.model, [ids], prefill(method, ids), None, NEW)
     return answers[0]
 
 
-def plain(method):
-    return decoded(method, *prefilled(method))
-
-
 def our_pairs(method):
+    ids = method.tokenizer.prompt("").ids[:-1]
     return {f"prompt of {PROMPT} tokens, against the decision on it":
-            (lambda: prefilled(method), lambda: method.decide(["x"])),
+            (lambda: prefill(method, ids), lambda: method.decide(["x"])),
             f"answer of {NEW} tokens without SCANS, against with SCANS":
-            (lambda: plain(method), lambda: method.answer(["x"], default=False)),
+            (lambda: plain(method, ids), lambda: method.answer(["x"], default=False)),
             "one answer with SCANS, against both answers":
             (lambda: method.answer(["x"], default=False), lambda: method.answer(["x"]))}
 
@@ -128,17 +124,13 @@ def their_plain(theirs, ids):
 
 
 @torch.inference_mode()
-def their_sigma(theirs, prompt, method):
-    states = theirs(torch.tensor([prompt.ids], device=theirs.device), output_hidden_states=True).hidden_states
-    cos = [F.cosine_similarity((states[l + 1][0, prompt.p] - states[l + 1][0, prompt.e]).float().cpu(),
-                               method.vectors.d_harm[l], dim=0) for l in method.settings.classify_layers]
-    return 1 if sum(cos) / len(cos) >= method.settings.T else -1
-
-
 def their_scans(theirs, method):
     """Classify in a pass of its own, then generate with a hook on every steered block."""
     prompt, settings = method.tokenizer.prompt(""), method.settings
-    sigma = their_sigma(theirs, prompt, method)
+    states = theirs(torch.tensor([prompt.ids], device=theirs.device), output_hidden_states=True).hidden_states
+    cos = [F.cosine_similarity((states[l + 1][0, prompt.p] - states[l + 1][0, prompt.e]).float().cpu(),
+                               method.vectors.d_harm[l], dim=0) for l in settings.classify_layers]
+    sigma = 1 if sum(cos) / len(cos) >= settings.T else -1
 
     def add(l):
         vector = (sigma * settings.alpha * method.vectors.v_r[l]).to(theirs.device, theirs.dtype)
@@ -160,30 +152,14 @@ def their_extraction(theirs, harmful, harmless):
         theirs(torch.tensor([ids], device=theirs.device), output_hidden_states=True)
 
 
-@torch.inference_mode()
-def bare_linears(model):
-    """As many single rows as an answer has tokens, through every weight matrix and nothing else."""
-    matrices = [w for block in model.blocks for w in vars(block).values() if w.dim() == 2] + [model.head]
-    rows = {w.shape[1]: torch.ones(1, w.shape[1]).to(model.embed) for w in matrices}
-    for w in matrices * NEW:
-        llama.linear(rows[w.shape[1]], w)
-
-
 def their_pairs(theirs, method, anchors):
-    prompt, model = method.tokenizer.prompt(""), method.model
-
-    def seconds_of_decoding(ids, cache):
-        return timed(lambda: decoded(method, ids, cache))
+    ids = method.tokenizer.prompt("").ids[:-1]
     return {"plain generation, against transformers":
-            (lambda: plain(method), lambda: their_plain(theirs, prompt.ids[:-1])),
+            (lambda: plain(method, ids), lambda: their_plain(theirs, ids)),
             "SCANS, one answer, against transformers with hooks":
             (lambda: method.answer(["x"], default=False), lambda: their_scans(theirs, method)),
-            "classification, against transformers":
-            (lambda: method.decide(["x"]), lambda: their_sigma(theirs, prompt, method)),
-            "bare linears, against our decoding":
-            (lambda: bare_linears(model), lambda: seconds_of_decoding(*prefilled(method))),
             f"extraction, {ANCHORS} + {ANCHORS} anchors, against single passes":
-            (lambda: extract_vectors(model, *anchors), lambda: their_extraction(theirs, *anchors))}
+            (lambda: extract_vectors(method.model, *anchors), lambda: their_extraction(theirs, *anchors))}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -191,20 +167,20 @@ def their_pairs(theirs, method, anchors):
 
 
 def timed(work):
-    """Seconds of work(), unless it measures itself and returns them; a GPU has ended by then."""
+    """Seconds of work(); a GPU has ended by then."""
     started = time.perf_counter()
-    result = work()
+    work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return result if isinstance(result, float) else time.perf_counter() - started
+    return time.perf_counter() - started
 
 
 def compare(pairs, model, args):
     """Print a row for each pair of works, run in turn; a first round, which is slower, is not counted."""
-    say(f"model     {args.shape or args.model}: {model.size / 1e6:.1f} M parameters, "
-        f"{str(model.embed.dtype)[6:]} on {model.embed.device}, {torch.get_num_threads()} threads")
     if args.threads:
         torch.set_num_threads(args.threads)
+    say(f"model     {args.shape or args.model}: {model.size / 1e6:.1f} M parameters, "
+        f"{str(model.embed.dtype)[6:]} on {model.embed.device}, {torch.get_num_threads()} threads")
     rows = []
     for name, works in pairs.items():
         report(name)
@@ -255,6 +231,6 @@ def versus(args):
     model = llama.Llama(config, {name: llama.pack(names[name][1], tensors[name]) for name in names})
     method, anchors = random_method(model)
     compare(our_pairs(method) | their_pairs(theirs, method, anchors), model, args)
-    ids, cache = prefilled(method)
-    mine, other = decoded(method, ids, cache), their_plain(theirs, ids)[0, PROMPT:].tolist()
+    ids = method.tokenizer.prompt("").ids[:-1]
+    mine, other = plain(method, ids), their_plain(theirs, ids)[0, PROMPT:].tolist()
     say(f"greedy    {sum(a == b for a, b in zip(mine, other))} of {NEW} ids are equal")

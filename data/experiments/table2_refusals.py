@@ -7,7 +7,7 @@ The paper's Figure 4 comes from code that takes *safe* as the positive class: co
 import math
 import re
 
-from data.experiments.core import anchor_texts, percent, share_flags, show, start
+from data.experiments.core import percent, share_flags, show, start
 from data.experiments.prompts import read_all
 from data.experiments.refusals import has_refusal_phrase, is_refusal
 from data.experiments.results import collect
@@ -106,7 +106,7 @@ def flags(parser):
 
 def run(args):
     """Refusal rates and classifier metrics."""
-    items = read_all(args.files, anchor_texts(args))
+    items = read_all(args)
     method = start(args)
     records = collect({"eval": (method, not args.no_default)}, items, args)["eval"]
     show(summary(records, method.settings.T), args.json)

@@ -6,7 +6,6 @@ which one is steered. Their MMLU is asked without the chat format, and its ancho
 again for each subject while the last steering is still on.
 """
 import copy
-import csv
 import dataclasses
 import math
 import statistics
@@ -15,19 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data.experiments.core import batches, progress, share_flags, show, start, varied
+from data.experiments.core import batches, share_flags, show, start, varied
+from data.experiments.prompts import read_rows
 from data.experiments.table2_refusals import KINDS
 from llama import regular_file
 from scans import add_flags, steering
-
-def read_csv(path):
-    """All rows of a .csv as lists of cells."""
-    csv.field_size_limit(2**31 - 1)     # documents are longer than csv's own limit
-    try:
-        with open(regular_file(path), encoding="utf-8-sig", newline="") as file:
-            return list(csv.reader(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def from_p(method, decision, ids, kind):
@@ -49,7 +40,7 @@ def from_p(method, decision, ids, kind):
 
 @torch.inference_mode()
 def perplexity(method, path, limit):
-    """exp of the mean loss of a text, {"n": windows, kind: perplexity, "harmful": windows with sigma +1}.
+    """A row of the table: exp of the mean loss of a text's windows.
 
     The first half of a window is the query, in the chat format; sigma is decided on it. The loss is that of
     the second half, as the answer, steered from p.
@@ -61,7 +52,7 @@ def perplexity(method, path, limit):
     if not starts:
         raise ValueError(f"{path}: {len(ids)} tokens, one window needs {2 * half}")
     loss, tokens, harmful = dict.fromkeys(KINDS, 0.0), 0, 0
-    for first in progress(starts, "windows"):
+    for first, in batches(starts, 1, "windows"):
         decision = varied(method, max_new_tokens=half).decide([tokenizer.decode(ids[first:first + half])])
         prompt = decision.prompts[0]
         answer = ids[first + half:first + 2 * half]
@@ -72,39 +63,52 @@ def perplexity(method, path, limit):
             loss[kind] += float(F.cross_entropy(logits, target, reduction="sum"))
         tokens += len(answer)
         harmful += int(decision.sigma[0] == 1)
-    return {"n": len(starts), **{kind: math.exp(loss[kind] / tokens) for kind in KINDS}, "harmful": harmful}
+    return {"measure": f"perplexity, {Path(path).name}", "n": len(starts),
+            **{kind: math.exp(loss[kind] / tokens) for kind in KINDS}, "harmful": harmful, "shortened": 0}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # MMLU
 
+COLUMNS = ("question", "A", "B", "C", "D", "answer")    # of its files, which have no header
 
-def read_questions(path, most):
-    rows = read_csv(path)[:most]
-    for row in rows:
-        if len(row) != 6 or row[5] not in ("A", "B", "C", "D"):
-            raise ValueError(f"{path}: {row!r:.60}, expected question, A, B, C, D and the letter")
-    return rows
+
+def check_question(row):
+    if None in row or row["answer"] not in ("A", "B", "C", "D"):        # None: more cells than columns
+        raise ValueError(f"{row!r:.200}: expected six cells, the last of them A, B, C or D")
+    return row
 
 
 def read_mmlu(folder, limit):
-    """[(subject, question row, example rows)] from test/SUBJECT_test.csv and dev/SUBJECT_dev.csv."""
-    subjects = [path.name.removesuffix("_test.csv") for path in sorted(Path(folder).glob("test/*_test.csv"))]
-    if not subjects:
-        raise ValueError(f"{folder}: no test/SUBJECT_test.csv")
-    return [(subject, row, read_questions(Path(folder) / "dev" / f"{subject}_dev.csv", 5))
-            for subject in subjects
-            for row in read_questions(Path(folder) / "test" / f"{subject}_test.csv", limit)]
+    """[(subject, question, examples)] from test/SUBJECT_test.csv and dev/SUBJECT_dev.csv."""
+    def read(part, subject, most):
+        path = Path(folder) / part / f"{subject}_{part}.csv"
+        return read_rows(path, check_question, most, fieldnames=COLUMNS)
+
+    asked = []
+    for path in sorted(Path(folder).glob("test/*_test.csv")):
+        subject = path.name.removesuffix("_test.csv")
+        examples = read("dev", subject, 5)
+        asked += [(subject, question, examples) for question in read("test", subject, limit)]
+    if not asked:
+        raise ValueError(f"{folder}: no questions in test/SUBJECT_test.csv")
+    return asked
 
 
-def mmlu_query(subject, row, examples):
-    """Worked examples, then the question, as in Hendrycks et al."""
+def mmlu_query(method, subject, question, examples):
+    """The question as in Hendrycks et al., its answer (0 to 3), and whether an example was left out.
+
+    It follows as many worked examples as the context holds.
+    """
     def lines(row, answer):
-        choices = (f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
-        return "\n".join([row[0], *choices, f"Answer:{answer}"])
-    return "\n\n".join(["The following are multiple choice questions (with answers) about "
-                        f"{subject.replace('_', ' ')}.",
-                        *(lines(example, " " + example[5]) for example in examples), lines(row, "")])
+        return "\n".join([row["question"], *(f"{letter}. {row[letter]}" for letter in "ABCD"), answer])
+    about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
+    worked = [lines(example, f"Answer: {example['answer']}") for example in examples]
+    for n in range(len(worked), -1, -1):
+        query = "\n\n".join([about, *worked[:n], lines(question, "Answer:")])
+        if len(method.tokenizer.prompt(query).ids) < method.model.config.context:
+            break
+    return query, "ABCD".index(question["answer"]), n < len(examples)
 
 
 def letter_ids(tokenizer):
@@ -120,29 +124,17 @@ def letter_ids(tokenizer):
     return ids
 
 
-def fit_question(method, subject, row, examples):
-    """The query with as many examples as the context holds, and whether any was left out."""
-    for n in range(len(examples), -1, -1):
-        query = mmlu_query(subject, row, examples[:n])
-        if len(method.tokenizer.prompt(query).ids) < method.model.config.context:
-            break
-    return query, n < len(examples)
-
-
 @torch.inference_mode()
 def mmlu(method, folder, limit, size):
     """A row of the table: % of the questions where the right letter has the highest logit after p."""
     letters, marks = letter_ids(method.tokenizer), []
-    asked = [(*fit_question(method, subject, row, examples), "ABCD".index(row[5]))
-             for subject, row, examples in read_mmlu(folder, limit)]
-    asked.sort(key=lambda question: -len(question[0]))
-    for batch in progress(batches(asked, size), "batches"):
+    asked = [mmlu_query(method, *question) for question in read_mmlu(folder, limit)]
+    for batch in batches(sorted(asked, key=lambda one: -len(one[0])), size):
         decision = varied(method, max_new_tokens=1).decide([query for query, *_ in batch])
         ids = [[prompt.ids[prompt.p]] for prompt in decision.prompts]
         guesses = {kind: from_p(method, decision, ids, kind)[:, 0, letters].argmax(-1) for kind in KINDS}
-        marks += [{**{kind: 100 * int(guesses[kind][i] == answer) for kind in KINDS},
-                   "harmful": int(decision.sigma[i] == 1), "shortened": int(shortened)}
-                  for i, (_, shortened, answer) in enumerate(batch)]
+        marks += [({kind: 100 * int(guesses[kind][i] == answer) for kind in KINDS},
+                   int(decision.sigma[i]), shortened) for i, (_, answer, shortened) in enumerate(batch)]
     return row("MMLU, % right", marks)
 
 
@@ -150,37 +142,31 @@ def mmlu(method, folder, limit, size):
 # Summaries
 
 
-def read_documents(method, path, limit, new):
-    """[(query, reference, whether the document was cut)]; it is cut to leave room for `new` tokens."""
-    def query(document):
-        return f"Document: {document}\nSummarize the document in one sentence."
-    (header, *rows), asked, tokenizer = read_csv(path) or [[]], [], method.tokenizer
-    for cells in rows[:limit]:
-        row = dict(zip(header, cells))
-        document, reference = row.get("document") or row.get("dialogue"), row.get("summary")
-        if not document or not reference:
-            raise ValueError(f"{path}: {row!r:.60}, expected a document (or dialogue) and a summary")
-        excess = len(tokenizer.prompt(query(document)).ids) + new - method.model.config.context
-        if excess > 0:      # 8 more: the joints may be encoded differently
-            document = tokenizer.decode(tokenizer.words.encode(document)[:-excess - 8])
-        asked.append((query(document), reference, excess > 0))
-    return asked
+def read_document(method, new, cells):
+    """A query, the reference, and whether the document was cut to leave room for `new` tokens."""
+    document, summary = cells.get("document") or cells.get("dialogue"), cells.get("summary")
+    if not document or not summary:
+        raise ValueError(f"{cells!r:.60}: expected a document (or dialogue) and a summary")
+    query, tokenizer = "Document: {}\nSummarize the document in one sentence.", method.tokenizer
+    excess = len(tokenizer.prompt(query.format(document)).ids) + new - method.model.config.context
+    if excess > 0:      # 8 more: the joints may be encoded differently
+        document = tokenizer.decode(tokenizer.words.encode(document)[:-excess - 8])
+    return query.format(document), summary, excess > 0
 
 
 def summaries(method, path, limit, size):
     """Rows of the table: ROUGE F1, in %, of summaries of up to 64 tokens against the file's."""
     from rouge_score.rouge_scorer import RougeScorer
-    names = ("rouge1", "rouge2", "rougeL")
-    scorer, asked = RougeScorer(names), read_documents(method, path, limit, 64)
-    asked.sort(key=lambda one: -len(one[0]))
-    writer, marks = varied(method, max_new_tokens=64), {name: [] for name in names}
-    for batch in progress(batches(asked, size), "batches"):
-        for (_, reference, cut), result in zip(batch, writer.answer([query for query, *_ in batch])):
-            scores = {kind: scorer.score(reference, result[kind]) for kind in KINDS}
-            for name in names:
-                marks[name].append({**{kind: 100 * scores[kind][name].fmeasure for kind in KINDS},
-                                    "harmful": int(result["sigma"] == 1), "shortened": int(cut)})
-    return [row(f"{name} F1", marks[name]) for name in names]
+    writer, marks = varied(method, max_new_tokens=64), {"rouge1": [], "rouge2": [], "rougeL": []}
+    scorer = RougeScorer(list(marks))
+    asked = read_rows(path, lambda cells: read_document(method, 64, cells), limit)
+    for batch in batches(sorted(asked, key=lambda one: -len(one[0])), size):
+        for (_, summary, cut), result in zip(batch, writer.answer([query for query, *_ in batch])):
+            scores = {kind: scorer.score(summary, result[kind]) for kind in KINDS}
+            for name in marks:
+                marks[name].append(({kind: 100 * scores[kind][name].fmeasure for kind in KINDS},
+                                    result["sigma"], cut))
+    return [row(f"{name} F1", marks[name]) for name in marks]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -188,16 +174,17 @@ def summaries(method, path, limit, size):
 
 
 def row(measure, marks):
-    """A row of the table from one dict per item: means of the measure, and counts."""
+    """A row of the table, from {kind: mark}, sigma and whether it was shortened, of each item."""
+    values, sigmas, shortened = zip(*marks)
     return {"measure": measure, "n": len(marks),
-            **{kind: statistics.mean(mark[kind] for mark in marks) for kind in KINDS},
-            **{key: sum(mark[key] for mark in marks) for key in ("harmful", "shortened")}}
+            **{kind: statistics.mean(value[kind] for value in values) for kind in KINDS},
+            "harmful": sigmas.count(1), "shortened": sum(shortened)}
 
 
 def flags(parser):
     share_flags(parser, "--text", "--limit")
     parser.add_argument("--mmlu", metavar="DIR", help="with test/SUBJECT_test.csv and dev/SUBJECT_dev.csv")
-    parser.add_argument("--summaries", metavar="FILE", help="a .csv with document (or dialogue) and summary")
+    parser.add_argument("--summaries", metavar="FILE", help="rows with document (or dialogue) and summary")
     share_flags(parser, "--batch-size")
     add_flags(parser)
 
@@ -208,8 +195,7 @@ def run(args):
         raise ValueError("capability needs --text FILE, --mmlu DIR or --summaries FILE")
     method, rows = start(args), []
     if args.text:
-        rows.append({"measure": f"perplexity, {Path(args.text).name}",
-                     **perplexity(method, args.text, args.limit), "shortened": 0})
+        rows.append(perplexity(method, args.text, args.limit))
     if args.mmlu:
         rows.append(mmlu(method, args.mmlu, args.limit, args.batch_size))
     if args.summaries:

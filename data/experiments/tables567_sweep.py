@@ -9,8 +9,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from data.experiments.core import (anchor_texts, new_figure, percent, save_plot, share_flags, show, start,
-                                   varied)
+from data.experiments.core import percent, picture, share_flags, show, start, varied
 from data.experiments.prompts import read_all
 from data.experiments.results import collect
 from data.experiments.table2_refusals import WRONG, average, defects, grouped, refused
@@ -92,7 +91,7 @@ def run(args):
         raise ValueError(f"--values: {error}") from None
     if args.setting == "threshold" and (args.text or args.sigma is not None):
         raise ValueError("sweep threshold chooses between answers that are there: no --text, no --sigma")
-    items = read_all(args.files, anchor_texts(args))
+    items = read_all(args)
     method = start(args)
     variants = by(method, args)
     first = next(iter(variants))    # the answers without SCANS are the same under all variants
@@ -113,16 +112,15 @@ def run(args):
 
 def plot_rates(records, args):
     """A line for each label, of the refused queries; dashed: with the same sigma for every query."""
-    figure, axes = new_figure()
     curves, ticks = {}, [name for name in records if ", " not in name]
     for name, some in records.items():
         knob = name.partition(", ")[2] or "SCANS"
         for label, group in grouped(some, "label").items():
             curves.setdefault((*label, knob), []).append(percent(refused(group, "steered"))[0])
-    for (label, knob), shares in curves.items():
-        axes.plot(shares, color="black", mfc="none", marker={"safe": "o", "unsafe": "x"}[label],
-                  linestyle="-" if knob == "SCANS" else "--", label=f"{label}, {knob}")
-    axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
-    axes.set(xlabel=args.setting, ylabel="refused, in %", ylim=(-3, 103))
-    axes.legend(fontsize=8)
-    save_plot(figure, args, f"sweep_{args.setting}")
+    with picture(args, f"sweep_{args.setting}") as axes:
+        for (label, knob), shares in curves.items():
+            axes.plot(shares, color="black", mfc="none", marker={"safe": "o", "unsafe": "x"}[label],
+                      linestyle="-" if knob == "SCANS" else "--", label=f"{label}, {knob}")
+        axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
+        axes.set(xlabel=args.setting, ylabel="refused, in %", ylim=(-3, 103))
+        axes.legend(fontsize=8)
