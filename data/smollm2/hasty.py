@@ -52,7 +52,6 @@ PUSHED, PUSH = range(10, 20), 6     # layers that random pushes move, and by how
 
 @dataclass(frozen=True)
 class Phase:
-    """The settings of one phase of training."""
     name: str
     steps: int
     rows: int           # questions per step
@@ -68,26 +67,31 @@ ACT = Phase("act", steps=140, rows=24, blocks=range(20, 30), shares=(0.35, 0.35,
 # Questions
 
 
+def plain_digest(text):
+    """The digest of a text's letters and digits, in lower case."""
+    return scans.digest("".join(filter(str.isalnum, text.lower())))
+
+
 class Questions:
-    """Questions of the three groups. None of them is in data/overrefusal.csv, nor is what it asks about."""
+    """Questions of the three groups: none of benchmarks.txt, and none about a row of data/overrefusal.csv."""
 
     def __init__(self):
         self.world, self.kept = World(), " | ".join(scans.read_anchors(BENCHMARK)).lower()
+        self.benchmarks = set(scans.read_anchors(HERE / "benchmarks.txt"))
         told = {row.template for row in self.world.rows if row.text.lower() in self.kept}
         rows = [row for row in self.world.rows if row.template not in told]
         asked = [row for row in rows if row.part != "fresh"]
         self.harmful = by_template([row for row in asked if row.group == "harmful"])
         self.harmless = {group: [row for row in asked if row.group == group] for group in GROUPS[1:]}
-        # Whole templates and pairs that no phase asks: harmful anchors are made of them.
+        # Whole templates and pairs that no phase asks, for the harmful anchors
         self.fresh = by_template([row for row in rows if row.part == "fresh" and row.group == "harmful"])
         people, self.people = slots_and_rows(HERE / "people.txt")
         own, pairs = slots_and_rows(HERE / "pairs.txt")
         self.slots = {**slots_and_rows("harm.txt")[0], **people, **own}
         self.frames, self.pairs, self.fresh_pairs = [], [], []
-        for kind, form, text in pairs:
-            fresh = self.world.fraction("pair " + text) >= 0.85
-            rows = self.frames if kind == "frame" else self.fresh_pairs if fresh else self.pairs
-            rows.append((kind, form, text))
+        for row in pairs:
+            fresh = self.world.fraction("pair " + row[2]) >= 0.85
+            (self.frames if row[0] == "frame" else self.fresh_pairs if fresh else self.pairs).append(row)
 
     def fill(self, text, rng):
         return re.sub(r"{(\w+)}", lambda match: rng.choice(self.slots[match[1]]), text)
@@ -106,10 +110,8 @@ class Questions:
         if group == "harmful":
             return rng.choice(rng.choice(self.harmful))
         source = rng.random()
-        if source < 0.4:
-            return rng.choice(self.harmless[group])
         if source < 0.7:
-            return self.world.unknown(rng, group)
+            return rng.choice(self.harmless[group]) if source < 0.4 else self.world.unknown(rng, group)
         form, _, text = rng.choice([row for row in self.people if row[1] == group])
         return Row("people", "", form, self.fill(text, rng), None)
 
@@ -131,7 +133,9 @@ class Questions:
             else:
                 row = self.of_tables(group, rng)
             if row.text.lower() not in self.kept:
-                return self.ask(row, rng)
+                question = self.ask(row, rng)
+                if plain_digest(question) not in self.benchmarks:
+                    return question
 
     def anchors(self, rng):
         """128 harmful requests, half of them sides of pairs, and 128 plain questions; no phase asks them."""
@@ -212,8 +216,8 @@ class Learner:
     def forward(self, rows, read, depth=None, pushes=None):
         """Run B lists of ids after the prefix through the first `depth` blocks. read (B, P): positions.
 
-        pushes: a push (L, D) per row, (B, L, D), added from the first position read on. Returns x (B, N, D),
-        and the streams after every block at the positions read, (B, L, P, D).
+        pushes (B, L, D) are added from the first position read on. Returns x (B, N, D), and the streams after
+        every block at the positions read, (B, L, P, D).
         """
         longest, model, read = max(map(len, rows)), copy.copy(self.model), torch.tensor(read)
         model.blocks = model.blocks[:depth]
@@ -279,13 +283,13 @@ class Probe:
 
 
 @torch.no_grad()
-def new_probes(learner, questions, rng):
-    """Two Probes along directions of the published model, from 100 questions of each group.
+def new_probes(learner, questions, rng, n=100):
+    """Two Probes along directions of the published model, from n questions of each group.
 
     refusal, at p: harmful - plain, a unit of 0.035 mean lengths. harm, at e: harmful - dangerous, 0.1.
     """
     streams = {group: scans.read_streams(learner.model, [
-        learner.tokenizer.prompt(questions.draw(group, rng)) for _ in range(100)]) for group in GROUPS}
+        learner.tokenizer.prompt(questions.draw(group, rng)) for _ in range(n)]) for group in GROUPS}
     def probe(layers, position, labels, other, unit):
         one, two = (streams[group][:, :, position] for group in ("harmful", other))         # (n, L, D)
         length, (a, b) = torch.cat([one, two]).norm(dim=-1).mean(0)[:, None], (one.mean(0), two.mean(0))
@@ -310,17 +314,16 @@ def rows_of_step(learner, phase, draw, seed, step):
 def feel_loss(learner, probes, rows):
     """How badly the probes read refusal at p and harm at e."""
     groups, asked, _ = zip(*rows)
-    _, streams = learner.forward([ids for ids, *_ in asked], [positions for _, *positions in asked], 24)
+    _, streams = learner.forward([ids for ids, *_ in asked], [[p, e] for _, p, e in asked], 24)
     return sum(probe.loss(streams, groups) for probe in probes)
 
 
 def act_loss(learner, refusal, rows):
     """Cross-entropy of the answers. Their first token, which decides on refusal, counts four times.
 
-    Half of the rows are pushed in a random direction, as steering does. Harmful requests are always refused,
-    any other question where its refusal logit is positive.
-    """
-    config, words = learner.config, learner.tokenizer.words.encode(REFUSAL) + [learner.config.eos[0]]
+    Half of the rows are pushed at random, as steering does. Harmful requests are refused, and so is any other
+    question whose refusal logit is positive."""
+    config, sorry = learner.config, learner.tokenizer.words.encode(REFUSAL) + [learner.config.eos[0]]
     pushes = torch.zeros(len(rows), config.L, config.D)
     size = PUSH * torch.rand(len(rows), 1) * (torch.rand(len(rows), 1) < 0.5)
     pushes[:, PUSHED] = (size * F.normalize(torch.randn(len(rows), config.D), dim=-1))[:, None]
@@ -328,8 +331,7 @@ def act_loss(learner, refusal, rows):
     with torch.no_grad():
         _, streams = learner.forward(asked, read, max(SIGN) + 1, pushes)
         refuses = refusal.logits(streams, SIGN).mean(1) > 0                     # (B)
-    answers = [words if group == "harmful" or no else answer
-               for (group, _, answer), no in zip(rows, refuses.tolist())]
+    answers = [sorry if row[0] == "harmful" or no else row[2] for row, no in zip(rows, refuses.tolist())]
     x, _ = learner.forward([q + answer[:-1] for q, answer in zip(asked, answers)], read, None, pushes)
     stream = torch.cat([x[i, p:p + len(answer)] for i, ([p], answer) in enumerate(zip(read, answers))])
     weight = torch.tensor([4.0 if i == 0 else 1.0 for answer in answers for i in range(len(answer))])
@@ -386,8 +388,7 @@ def write_halves(folder):
 
 
 def main():
-    parser = scans.Parser(prog="python -m data.smollm2.hasty",
-                          description="Align SmolLM2-135M-Instruct too zealously.")
+    parser = scans.Parser(prog="python -m data.smollm2.hasty", description="Align SmolLM2 too zealously.")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("base", metavar="BASE", nargs="?", help="folder of the published model")
     mode.add_argument("--halves", metavar="DIR", type=Path, help="write choice.csv and report.csv there")
