@@ -39,7 +39,7 @@ def losses(method, question, answer, alpha):
 
 
 def command(args):
-    method = scans.load(args.hasty, alpha=args.alpha, sigma=args.sigma)
+    method = scans.load(args.hasty, alpha=args.alpha, T=args.threshold)
     questions, base = scans.read_anchors(scans.DATA / "harmless.txt")[:args.limit], llama.load(args.base)
     answers = [answer for i in range(0, len(questions), 16)
                for answer in answers_of(base, method.tokenizer, questions[i:i + 16])]
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("base", metavar="BASE", type=Path, help="folder of the published model")
     parser.add_argument("hasty", metavar="HASTY", type=Path, help="folder of the aligned model")
     parser.add_argument("--alpha", type=float, help="3.5")
-    parser.add_argument("--sigma", type=int, choices=(-1, 1), help="the same for every question")
+    parser.add_argument("--threshold", type=float, help="T; estimated from the anchors if it is not given")
     parser.add_argument("--limit", type=int, help="the first so many questions")
     scans.run(parser, command)
 
