@@ -500,16 +500,21 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def add_table(parser, flags):
+    """A flag for each row of a table like FLAGS."""
+    for name, (kind, help) in flags.items():
+        how = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
+        flag = "--threshold" if name == "T" else f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=name, help=help, **how)
+
+
 def add_flags(parser):
     """The flags about the model and the method."""
     parser.add_argument("--model", default=DATA / "tiny", metavar="DIR",
                         help="a Hugging Face folder; default: the embedded model")
     parser.add_argument("--threads", type=COUNT, metavar="X",
                         help="CPU threads; default: 1 if the model is small")
-    for name, (kind, help) in FLAGS.items():
-        how = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
-        flag = "--threshold" if name == "T" else f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=name, help=help, **how)
+    add_table(parser, FLAGS)
     parser.add_argument("--no-default", action="store_true", help="only the answer with SCANS")
     parser.add_argument("--json", action="store_true", help="one JSON object per query on standard output")
 

@@ -185,10 +185,7 @@ def main():
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may repeat")
     parser.add_argument("--no-default", action="store_true", help="only the answer with SCANS")
     parser.add_argument("--json", action="store_true", help="one JSON object per query on standard output")
-    for name, (kind, help) in FLAGS.items():
-        how = {"choices": kind} if isinstance(kind, list) else {"type": kind, "metavar": "X"}
-        flag = "--threshold" if name == "T" else f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=name, help=help, **how)
+    scans.add_table(parser, FLAGS)
     parser.set_defaults(trace=None)             # a mode that scans.ask looks for
     scans.run(parser, command)
 

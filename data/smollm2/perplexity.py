@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import llama
 import scans
+from data.experiments.table3_capability import from_p
 
 
 @torch.inference_mode()
@@ -28,14 +29,12 @@ def answers_of(model, tokenizer, questions, n=24):
 
 
 @torch.inference_mode()
-def losses(method, question, answer, alpha):
-    """The cross-entropy of every id of an answer, steered by sigma alpha v_r from p on."""
-    decision, settings = method.decide([question]), method.settings
-    steer = scans.steering(method.vectors.v_r, alpha * decision.sigma, settings.steer_layers)
-    prompt, cache = decision.prompts[0], decision.cache
-    ids = torch.tensor([[prompt.ids[prompt.p], *answer[:-1]]])
-    x, _ = method.model.forward(ids, cache, steer)
-    return F.cross_entropy(method.model.unembed(x[0]), torch.tensor(answer), reduction="none")
+def losses(method, question, answer, kind):
+    """The cross-entropy of every id of an answer: kind "default", or "steered" as SCANS decides."""
+    decision = method.decide([question])
+    prompt, = decision.prompts
+    logits, = from_p(method, decision, [[prompt.ids[prompt.p], *answer[:-1]]], kind)            # (N, V)
+    return F.cross_entropy(logits, torch.tensor(answer), reduction="none")
 
 
 def command(args):
@@ -43,8 +42,8 @@ def command(args):
     questions, base = scans.read_anchors(scans.DATA / "harmless.txt")[:args.limit], llama.load(args.base)
     answers = [answer for i in range(0, len(questions), 16)
                for answer in answers_of(base, method.tokenizer, questions[i:i + 16])]
-    for name, alpha in (("without SCANS", 0.0), (f"alpha {method.settings.alpha:g}", method.settings.alpha)):
-        total = torch.cat([losses(method, *pair, alpha) for pair in zip(questions, answers)])
+    for name, kind in (("without SCANS", "default"), (f"alpha {method.settings.alpha:g}", "steered")):
+        total = torch.cat([losses(method, *pair, kind) for pair in zip(questions, answers)])
         print(f"{name}: perplexity {float(total.mean().exp()):.3f}")
 
 
