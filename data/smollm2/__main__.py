@@ -14,7 +14,6 @@ The weights are written in float32, which represents every scale * q + offset of
 Reference: SmolLM2 (arXiv 2502.02737). Left out on purpose: every other GGUF file.
 """
 import json
-import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -118,8 +117,6 @@ def write_folder(out, hasty=False):
         made.mkdir()
         for name, content in files.items():
             (made / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        for name in ("harmful.txt", "harmless.txt") if hasty else ():
-            shutil.copy(HERE / name, made)
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
         made.rename(out)
 

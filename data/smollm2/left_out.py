@@ -1,0 +1,65 @@
+"""How well does the decision do on a kind of question that no training had? One kind of pairs is left out.
+
+    python -m data.smollm2.left_out smollm2 privacy --steps 160
+
+Runs the first phase of hasty.py without that kind, in pairs.txt and in the tables of data/tiny, and prints
+the AUROC of s_q on its pairs. Left out on purpose: the second phase, which changes no decision.
+"""
+import random
+from dataclasses import replace
+
+import torch
+from sklearn.metrics import roc_auc_score
+
+import scans
+from data.smollm2.hasty import FEEL, Learner, feel
+from data.smollm2.questions import Questions
+
+
+def leave_out(questions, kind):
+    """Remove a kind from the Questions. Returns its pairs."""
+    def others(rows):
+        return [row for row in rows if kind[:5] not in row.kind]    # contrast_discr is of discrimination
+    held = [pair for pair in questions.pairs if pair[0] == kind]
+    questions.pairs = [pair for pair in questions.pairs if pair[0] != kind]
+    questions.harmful = [rows for rows in map(others, questions.harmful) if rows]
+    questions.harmless = {group: others(rows) for group, rows in questions.harmless.items()}
+    return held
+
+
+@torch.inference_mode()
+def scores(learner, vectors, prompts):
+    """s_q of each Prompt: a list."""
+    cos = scans.cosines(scans.transition(scans.read_streams(learner.model, prompts)), vectors.d_harm)
+    return scans.score(cos, scans.choose_settings(vectors, learner.tokenizer.name).classify_layers).tolist()
+
+
+def command(args):
+    questions, rng = Questions(), random.Random(f"{args.seed} left out")
+    held = leave_out(questions, args.kind)
+    if not held:
+        kinds = ", ".join(sorted({kind for kind, *_ in questions.pairs}))
+        raise ValueError(f"{args.kind}: no such kind, there are {kinds}")
+    learner = Learner(args.base, args.seed)
+    feel(learner, questions, args.seed, replace(FEEL, steps=args.steps))
+    texts = scans.draw_anchors(args.base)
+    for side in (True, False):
+        texts.append([questions.ask([questions.of_pair(pair, side, rng)], rng) for pair in held])
+    harmful, harmless, *sides = ([learner.tokenizer.prompt(text) for text in some if text] for some in texts)
+    vectors = scans.extract_vectors(learner.model, harmful, harmless)
+    one, two = (scores(learner, vectors, side) for side in sides)
+    auroc = roc_auc_score([1] * len(one) + [0] * len(two), one + two)
+    print(f"{args.kind}: AUROC {auroc:.3f} ({len(one)} harmful, {len(two)} harmless)")
+
+
+def main():
+    parser = scans.Parser(prog="python -m data.smollm2.left_out", description="Leave one kind of pairs out.")
+    parser.add_argument("base", metavar="BASE", help="folder of the published model")
+    parser.add_argument("kind", metavar="KIND", help="a kind of pairs.txt")
+    parser.add_argument("--steps", type=int, default=FEEL.steps)
+    parser.add_argument("--seed", type=int, default=0)
+    scans.run(parser, command)
+
+
+if __name__ == "__main__":
+    main()
