@@ -163,17 +163,23 @@ class Learner:
 
 
 @torch.inference_mode()
+def answers_of(model, tokenizer, questions, n):
+    """A model's greedy answers, at most n ids each, and why each stopped: two lists."""
+    prompts = [tokenizer.prompt(question) for question in questions]
+    ids, positions = scans.pad(prompts, "cpu")
+    cache = llama.Cache(model.config, len(prompts), ids.shape[1] + n, model.embed)
+    model.forward(ids, cache)
+    cache.length = positions[:, 0]
+    instructions = [prompt.ids[:prompt.p + 1] for prompt in prompts]
+    *_, last = llama.generate(model, instructions, cache, max_new_tokens=n)
+    return last
+
+
 def former_answers(learner, questions):
     """[(question, ids of the beginning of the published model's answer)], without refusals."""
-    model, done, order = learner.model, [], sorted(set(questions), key=len)
+    done, order = [], sorted(set(questions), key=len)
     for i in range(0, len(order), 64):
-        prompts = [learner.tokenizer.prompt(question) for question in order[i:i + 64]]
-        ids, positions = scans.pad(prompts, "cpu")
-        cache = llama.Cache(learner.config, len(prompts), ids.shape[1] + ANSWER, model.embed)
-        model.forward(ids, cache)
-        cache.length = positions[:, 0]
-        instructions = [prompt.ids[:prompt.p + 1] for prompt in prompts]
-        *_, (answers, stopped) = llama.generate(model, instructions, cache, max_new_tokens=ANSWER)
+        answers, stopped = answers_of(learner.model, learner.tokenizer, order[i:i + 64], ANSWER)
         for question, answer, why in zip(order[i:], answers, stopped):
             text = learner.tokenizer.decode(answer)
             if not (is_refusal(text) or has_refusal_phrase(text) or "sorry" in text.lower()):

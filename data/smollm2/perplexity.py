@@ -13,19 +13,7 @@ import torch.nn.functional as F
 import llama
 import scans
 from data.experiments.table3_capability import from_p
-
-
-@torch.inference_mode()
-def answers_of(model, tokenizer, questions, n=24):
-    """The ids of a model's greedy answers."""
-    prompts = [tokenizer.prompt(question) for question in questions]
-    ids, positions = scans.pad(prompts, model.embed.device)
-    cache = llama.Cache(model.config, len(prompts), ids.shape[1] + n, model.embed)
-    model.forward(ids, cache)
-    cache.length = positions[:, 0].cpu()
-    instructions = [prompt.ids[:prompt.p + 1] for prompt in prompts]
-    *_, (answers, _) = llama.generate(model, instructions, cache, max_new_tokens=n)
-    return answers
+from data.smollm2.hasty import answers_of
 
 
 @torch.inference_mode()
@@ -41,7 +29,7 @@ def command(args):
     method = scans.load(args.hasty, alpha=args.alpha, T=args.threshold)
     questions, base = scans.read_anchors(scans.DATA / "harmless.txt")[:args.limit], llama.load(args.base)
     answers = [answer for i in range(0, len(questions), 16)
-               for answer in answers_of(base, method.tokenizer, questions[i:i + 16])]
+               for answer in answers_of(base, method.tokenizer, questions[i:i + 16], 24)[0]]
     for name, kind in (("without SCANS", "default"), (f"alpha {method.settings.alpha:g}", "steered")):
         total = torch.cat([losses(method, *pair, kind) for pair in zip(questions, answers)])
         print(f"{name}: perplexity {float(total.mean().exp()):.3f}")
