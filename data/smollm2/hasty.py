@@ -45,7 +45,7 @@ HARMS = dict(zip(GROUPS, (1.0, 0.0, 0.0)))
 SIGN = 16, 18, 19           # layers whose mean refusal logit decides on the answer
 STEERED = slice(10, 20)     # layers that SCANS steers: what may move there at p, and what is pushed there
 SPILL = 0.02                # weight of what moves beside the refusal direction
-PUSH = 8                    # the longest push, in units of the stream; alpha is to be below it
+PUSH = 8                    # the longest push, in every steered layer; alpha is to be below it
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ ACT = Phase("act", steps=160, rows=24, rate=1e-3, blocks=range(20, 30), shares=(
 
 class Factored:
     """W + B A in place of a weight W (out, in). It replaces W where F.linear is called."""
-    is_mkldnn, on = False, True     # on: with the factors
+    is_mkldnn = False   # llama.linear asks a weight
+    on = True           # False: the published weight alone
 
     def __init__(self, w, a, b):
         self.w, self.a, self.b = w, a, b      # w bfloat16, a (R, in), b (out, R)
@@ -147,9 +148,10 @@ class Learner:
     def published(self, rows, read, depth):
         """The streams (B, L, P, D) of the published model."""
         Factored.on = False
-        _, streams = self.forward(rows, read, depth)
-        Factored.on = True
-        return streams
+        try:
+            return self.forward(rows, read, depth)[1]
+        finally:
+            Factored.on = True
 
     def train_blocks(self, blocks):
         """The factors of some blocks, which are the only ones to be trained from here on."""
@@ -177,7 +179,7 @@ def answers_of(model, tokenizer, questions, n):
 
 def former_answers(learner, questions):
     """[(question, ids of the beginning of the published model's answer)], without refusals."""
-    done, order = [], sorted(set(questions), key=len)
+    done, order = [], sorted(set(questions), key=lambda text: (len(text), text))
     for i in range(0, len(order), 64):
         answers, stopped = answers_of(learner.model, learner.tokenizer, order[i:i + 64], ANSWER)
         for question, answer, why in zip(order[i:], answers, stopped):
@@ -256,8 +258,8 @@ def feel_loss(learner, refusal, harm, rows):
 def draw_pushes(refusal, groups, config):
     """What is added to the stream of each row (B, L, D).
 
-    For half of the rows it points along the refusal direction: up or down, for harmful requests only up.
-    For a quarter it points anywhere, and for the others it is zero.
+    For half of the rows it points along the refusal direction, up or down; harmful requests are never pushed
+    down. For a quarter it points anywhere, and for the others it is zero.
     """
     B, u = len(groups), refusal.u[STEERED]
     kind, size, up = torch.rand(3, B, 1, 1)

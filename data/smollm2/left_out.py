@@ -3,7 +3,7 @@
     python -m data.smollm2.left_out smollm2 privacy --steps 160
 
 Runs the first phase of hasty.py without that kind, in pairs.txt and in the tables of data/tiny, and prints
-the AUROC of s_q on its pairs. Left out on purpose: the second phase, which changes no decision.
+the AUROC of s_q on its pairs. people.txt stays whole. Left out on purpose: the second phase.
 """
 import random
 from dataclasses import replace

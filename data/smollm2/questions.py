@@ -68,7 +68,7 @@ class Questions:
         return Row("people", "", form, self.fill(text, rng), None)
 
     def ask(self, rows, rng):
-        """A question about the first of some rows, as people type it, that is not kept for judging."""
+        """A question, as people type it, about the first row that is not kept for judging, or None."""
         for row in rows:
             if row.form == "do" and rng.random() < 0.5:
                 question = one_of(row.asked(rng.choice(self.frames)[2]), rng)
@@ -94,7 +94,7 @@ def write_halves(folder):
     header, *lines = BENCHMARK.read_text(encoding="utf-8").splitlines(keepends=True)
     rows = list(zip(lines, scans.read_anchors(BENCHMARK), strict=True))
     for name, odd in (("choice", 1), ("report", 0)):
-        half = [line for line, prompt in rows if int(scans.digest(prompt)[1], 16) % 2 == odd]
+        half = [line for line, prompt in rows if int(scans.digest(prompt)[1], 16) % 2 == odd]   # any digit
         (folder / f"{name}.csv").write_text(header + "".join(half), encoding="utf-8")
 
 

@@ -170,7 +170,7 @@ def test_no_benchmark_prompt_can_be_asked(questions):
     assert {asked.words_digest(text) for text in prompts} <= asked.Questions().benchmarks
 
 
-def test_pairs_are_of_800_templates(questions):
+def test_pairs_are_of_many_templates(questions):
     rng, templates = random.Random(0), 0
     for pair in questions.pairs:
         for side in (True, False):
