@@ -18,6 +18,7 @@ with W in bfloat16.
 Shape comments: B rows, N positions, L layers, P positions read, D model width, R rank of a factor
 """
 import copy
+import itertools
 import math
 import random
 from dataclasses import dataclass
@@ -232,17 +233,18 @@ def new_probes(learner, questions, rng, n=100):
             probe((11, 15, 19, 23), 1, HARMS, "dangerous", 0.2))
 
 
-def rows_of_step(learner, phase, draw, seed, step):
-    """The rows of one step: (group, question, former answer or None). Eight steps are cut by length."""
-    rng, rows = random.Random(f"{seed} {phase.name} {step // 8}"), []
-    for _ in range(8 * phase.rows):
-        group = rng.choices(GROUPS, phase.shares)[0]
-        question, answer = draw(group, rng)
-        rows.append((group, learner.question(question), answer))
-    rows.sort(key=lambda row: len(row[1][0]))
-    parts = [rows[i:i + phase.rows] for i in range(0, len(rows), phase.rows)]
-    rng.shuffle(parts)
-    return parts[step % 8]
+def batches(learner, phase, draw, seed):
+    """Endless lists of rows (group, question, former answer or None). Eight at a time are cut by length."""
+    for part in itertools.count():
+        rng, rows = random.Random(f"{seed} {phase.name} {part}"), []
+        for _ in range(8 * phase.rows):
+            group = rng.choices(GROUPS, phase.shares)[0]
+            question, answer = draw(group, rng)
+            rows.append((group, learner.question(question), answer))
+        rows.sort(key=lambda row: len(row[1][0]))
+        parts = [rows[i:i + phase.rows] for i in range(0, len(rows), phase.rows)]
+        rng.shuffle(parts)
+        yield from parts
 
 
 def feel_loss(learner, refusal, harm, rows):
@@ -295,11 +297,11 @@ def train(learner, phase, draw, seed, loss_of):
     """Run one phase. draw(group, rng): a question, and its former answer or None."""
     mean, trained = None, learner.train_blocks(phase.blocks)
     optimizer = torch.optim.AdamW(trained, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
-    for step in range(phase.steps):
+    for step, rows in zip(range(phase.steps), batches(learner, phase, draw, seed)):
         rise, done = min(1, (step + 1) / 20), step / phase.steps
         for group in optimizer.param_groups:
             group["lr"] = phase.rate * rise * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
-        loss = loss_of(rows_of_step(learner, phase, draw, seed, step))
+        loss = loss_of(rows)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
