@@ -34,11 +34,21 @@ def from_p(method, decision, ids, kind):
     return model.unembed(x)
 
 
+@torch.inference_mode()
+def answer_losses(method, decision, answer):
+    """{kind: the sum of the cross-entropies of an answer's ids}, after the only prompt of a decision."""
+    prompt, = decision.prompts
+    target, losses = torch.tensor(answer, device=method.model.embed.device), {}
+    for kind in KINDS:
+        logits, = from_p(method, decision, [[prompt.ids[prompt.p], *answer[:-1]]], kind)        # (N, V)
+        losses[kind] = float(F.cross_entropy(logits, target, reduction="sum"))
+    return losses
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Perplexity
 
 
-@torch.inference_mode()
 def perplexity(method, path, limit):
     """A row of the table: exp of the mean loss of a text's windows.
 
@@ -54,13 +64,10 @@ def perplexity(method, path, limit):
     loss, tokens, harmful = dict.fromkeys(KINDS, 0.0), 0, 0
     for first, in batches(starts, 1, "windows"):
         decision = varied(method, max_new_tokens=half).decide([tokenizer.decode(ids[first:first + half])])
-        prompt = decision.prompts[0]
         answer = ids[first + half:first + 2 * half]
-        answer = answer[:window - prompt.p - 1]     # encoded again, a query may have grown by a token
-        for kind in KINDS:
-            logits, = from_p(method, decision, [[prompt.ids[prompt.p], *answer[:-1]]], kind)    # (N, V)
-            target = torch.tensor(answer, device=logits.device)
-            loss[kind] += float(F.cross_entropy(logits, target, reduction="sum"))
+        answer = answer[:window - decision.prompts[0].p - 1]    # encoded again, a query may be a token longer
+        for kind, total in answer_losses(method, decision, answer).items():
+            loss[kind] += total
         tokens += len(answer)
         harmful += int(decision.sigma[0] == 1)
     return {"measure": f"perplexity, {Path(path).name}", "n": len(starts),

@@ -83,15 +83,12 @@ class Factored:
 
 
 class Prefix:
-    """A Cache of the ids that begin every prompt. All rows share it, and gradients pass through it."""
+    """A Cache of the ids that begin every prompt. All n rows share it, and gradients pass through it."""
 
-    def __init__(self, model, ids):
+    def __init__(self, model, ids, n):
         self.kv, self.length = [], torch.zeros(1, dtype=torch.long)
         model.forward(torch.tensor([ids]), self)
-
-    def rows(self, n):
-        self.length = self.length[:1].expand(n)
-        return self
+        self.length = self.length.expand(n)
 
     def store(self, l, k, v, pos, S):
         if l == len(self.kv):
@@ -143,7 +140,7 @@ class Learner:
         model.blocks = model.blocks[:depth]
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         steer = None if pushes is None else Pushes(pushes, torch.arange(longest) >= read[:, :1])
-        return model.forward(ids, Prefix(model, self.prefix).rows(len(rows)), steer, read)
+        return model.forward(ids, Prefix(model, self.prefix, len(rows)), steer, read)
 
     @torch.no_grad()
     def published(self, rows, read, depth):
@@ -159,10 +156,6 @@ class Learner:
         for l, m in self.factors.values():
             m.a.requires_grad_(l in blocks), m.b.requires_grad_(l in blocks)
         return [t for _, m in self.factors.values() for t in (m.a, m.b) if t.requires_grad]
-
-    def state(self):
-        return {f"{name}.{part}": getattr(m, part).detach() for name, (_, m) in self.factors.items()
-                for part in "ab"}
 
 
 @torch.inference_mode()
@@ -250,7 +243,8 @@ def batches(learner, phase, draw, seed):
 def feel_loss(learner, refusal, harm, rows):
     """How badly the probes read refusal at p and harm at e, and how far p has moved beside the refusal."""
     groups, asked, _ = zip(*rows)
-    _, streams = learner.forward([ids for ids, *_ in asked], [[p, e] for _, p, e in asked], 24)
+    _, streams = learner.forward([ids for ids, *_ in asked], [[p, e] for _, p, e in asked],
+                                 FEEL.blocks.stop)
     former = learner.published([ids[:p + 1] for ids, p, _ in asked], [[p] for _, p, _ in asked], STEERED.stop)
     moved, u = streams[:, STEERED, 0] - former[:, STEERED, 0], refusal.u[STEERED]       # (B, layers, D)
     beside = (moved - (moved * u).sum(-1, keepdim=True) * u) / refusal.unit[STEERED]
@@ -327,7 +321,8 @@ def make(base, seed):
     refusal, _ = feel(learner, questions, seed)
     train(learner, ACT, lambda group, rng: rng.choice(former[group]) if group in former else
           (questions.draw(group, rng), None), seed, lambda rows: act_loss(learner, refusal, rows))
-    tensors = {name: t.half().contiguous() for name, t in learner.state().items()}
+    tensors = {f"{name}.{part}": getattr(m, part).detach().half() for name, (_, m) in learner.factors.items()
+               for part in "ab"}
     save_file(tensors, HERE / "difference.safetensors", {"seed": str(seed)})
 
 

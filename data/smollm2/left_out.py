@@ -8,10 +8,8 @@ the AUROC of s_q on its pairs. people.txt stays whole. Left out on purpose: the 
 import random
 from dataclasses import replace
 
-import torch
-from sklearn.metrics import roc_auc_score
-
 import scans
+from data.experiments.layers import auroc
 from data.smollm2.hasty import FEEL, Learner, feel
 from data.smollm2.questions import Questions
 
@@ -27,13 +25,6 @@ def leave_out(questions, kind):
     return held
 
 
-@torch.inference_mode()
-def scores(learner, vectors, prompts):
-    """s_q of each Prompt: a list."""
-    cos = scans.cosines(scans.transition(scans.read_streams(learner.model, prompts)), vectors.d_harm)
-    return scans.score(cos, scans.choose_settings(vectors, learner.tokenizer.name).classify_layers).tolist()
-
-
 def command(args):
     questions, rng = Questions(), random.Random(f"{args.seed} left out")
     held = leave_out(questions, args.kind)
@@ -47,9 +38,10 @@ def command(args):
         texts.append([questions.ask([questions.of_pair(pair, side, rng)], rng) for pair in held])
     harmful, harmless, *sides = ([learner.tokenizer.prompt(text) for text in some if text] for some in texts)
     vectors = scans.extract_vectors(learner.model, harmful, harmless)
-    one, two = (scores(learner, vectors, side) for side in sides)
-    auroc = roc_auc_score([1] * len(one) + [0] * len(two), one + two)
-    print(f"{args.kind}: AUROC {auroc:.3f} ({len(one)} harmful, {len(two)} harmless)")
+    layers = scans.choose_settings(vectors, learner.tokenizer.name).classify_layers
+    one, two = (scans.score(scans.cosines(scans.transition(streams), vectors.d_harm), layers)
+                for streams in (scans.read_streams(learner.model, side) for side in sides))
+    print(f"{args.kind}: AUROC {auroc(one, two):.3f} ({len(one)} harmful, {len(two)} harmless)")
 
 
 def main():

@@ -5,24 +5,13 @@
 Greedy answers of the published model to data/harmless.txt, 24 tokens each, are read by the aligned one. Every
 question is steered as SCANS decides. Left out on purpose: texts that no model wrote, see `capability`.
 """
+import math
 from pathlib import Path
-
-import torch
-import torch.nn.functional as F
 
 import llama
 import scans
-from data.experiments.table3_capability import from_p
+from data.experiments.table3_capability import answer_losses
 from data.smollm2.hasty import answers_of
-
-
-@torch.inference_mode()
-def losses(method, question, answer, kind):
-    """The cross-entropy of every id of an answer: kind "default", or "steered" as SCANS decides."""
-    decision = method.decide([question])
-    prompt, = decision.prompts
-    logits, = from_p(method, decision, [[prompt.ids[prompt.p], *answer[:-1]]], kind)            # (N, V)
-    return F.cross_entropy(logits, torch.tensor(answer), reduction="none")
 
 
 def command(args):
@@ -30,9 +19,11 @@ def command(args):
     questions, base = scans.read_anchors(scans.DATA / "harmless.txt")[:args.limit], llama.load(args.base)
     answers = [answer for i in range(0, len(questions), 16)
                for answer in answers_of(base, method.tokenizer, questions[i:i + 16], 24)[0]]
+    losses = [answer_losses(method, method.decide([question]), answer)
+              for question, answer in zip(questions, answers)]
     for name, kind in (("without SCANS", "default"), (f"alpha {method.settings.alpha:g}", "steered")):
-        total = torch.cat([losses(method, *pair, kind) for pair in zip(questions, answers)])
-        print(f"{name}: perplexity {float(total.mean().exp()):.3f}")
+        mean = sum(loss[kind] for loss in losses) / sum(map(len, answers))
+        print(f"{name}: perplexity {math.exp(mean):.3f}")
 
 
 def main():

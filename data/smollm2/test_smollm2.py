@@ -160,14 +160,14 @@ def test_no_benchmark_prompt_can_be_asked(questions):
     """Every prompt of the files in SCANS_BENCHMARKS has its digest in benchmarks.txt, which is respected."""
     row = asked.Row("", "", "whole", "kill my neighbour's tree", None)
     assert questions.ask([row], random.Random(0))
-    questions = copy.copy(questions)
-    questions.benchmarks = {asked.words_digest("How could I kill the tree of my neighbour?")}
-    assert questions.ask([row], random.Random(0)) is None
+    judged = copy.copy(questions)
+    judged.benchmarks = {asked.words_digest("How could I kill the tree of my neighbour?")}
+    assert judged.ask([row], random.Random(0)) is None
     files = os.environ.get("SCANS_BENCHMARKS", "").split()
     if not files:
         pytest.skip("SCANS_BENCHMARKS names no files of prompts, .txt or .csv, of XSTest, OKTest, AdvBench")
     prompts = [text for path in files for text in scans.read_anchors(path)]
-    assert {asked.words_digest(text) for text in prompts} <= asked.Questions().benchmarks
+    assert {asked.words_digest(text) for text in prompts} <= questions.benchmarks
 
 
 def test_pairs_are_of_many_templates(questions):
